@@ -1,0 +1,67 @@
+"""Chest radiographs summarized offline by a quantized vision-language model. Research software, not a medical device.
+
+    >>> import xraygpt_lite
+    >>> with xraygpt_lite.load() as model:
+    ...     print(model.summarize("radiograph.dcm").text)
+
+Importing this package loads no native library; `load` does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from xraygpt_lite.errors import (
+    BundleError,
+    CancelledError,
+    ClosedError,
+    ContextError,
+    ConversionError,
+    DeviceError,
+    ImageError,
+    MissingPackageError,
+    NativeError,
+    UsageError,
+    XrayError,
+)
+from xraygpt_lite.values import Failure, Finding, GenerationOptions, Radiograph, Sampling, Summary
+
+if TYPE_CHECKING:
+    from xraygpt_lite.chat import AnswerStream, ChatSession
+    from xraygpt_lite.model import XrayModel, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AnswerStream",
+    "BundleError",
+    "CancelledError",
+    "ChatSession",
+    "ClosedError",
+    "ContextError",
+    "ConversionError",
+    "DeviceError",
+    "Failure",
+    "Finding",
+    "GenerationOptions",
+    "ImageError",
+    "MissingPackageError",
+    "NativeError",
+    "Radiograph",
+    "Sampling",
+    "Summary",
+    "UsageError",
+    "XrayError",
+    "XrayModel",
+    "__version__",
+    "load",
+]
+
+_LAZY = {"AnswerStream": "chat", "ChatSession": "chat", "XrayModel": "model", "load": "model"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

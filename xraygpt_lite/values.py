@@ -142,19 +142,18 @@ class PromptVariant:
     after
         Text after the image; "{question}" stands for the question. Tokenized as one piece.
     next_turn
-        Text between an answer and the next answer; "{question}" stands for the question. It is tokenized as a
-        continuation of the answer (no leading-space token), after the answer was cut where a stop string began.
-    before_ids
-        Control tokens put before `before`, as ids (BOS first).
-    piece_space
-        The tokenizer puts its leading space before each of the two first pieces, as the slow Llama tokenizer does.
+        Text between an answer and the next answer; "{question}" stands for the question. Without `next_turn_ids` it is
+        tokenized as a continuation of the answer, which was cut where a stop string began.
+    before_ids, next_turn_ids
+        Control tokens put before `before` (BOS first) and before `next_turn`, as ids. A piece that follows the image or
+        a control token starts with the tokenizer's leading space, as the slow Llama tokenizer has it.
     """
 
     before: str
     after: str
     next_turn: str
     before_ids: tuple[int, ...]
-    piece_space: bool = True
+    next_turn_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

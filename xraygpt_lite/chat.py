@@ -1,0 +1,227 @@
+"""A conversation about one radiograph: one sequence whose KV cache is kept, to which turns are appended.
+
+Knows the engine's slots, the prompt's wording and the answer's clean-up. `model` makes it; a summary is its first turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from xraygpt_lite import prompt
+from xraygpt_lite.answer import AnswerReader, clean
+from xraygpt_lite.errors import ClosedError, XrayError
+from xraygpt_lite.llm.scheduler import Engine, Generation, Slot, Stream
+from xraygpt_lite.options import resolve
+from xraygpt_lite.values import (
+    Bundle,
+    Float32,
+    GenerationOptions,
+    Radiograph,
+    Sampling,
+    Segment,
+    Summary,
+    Timings,
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A radiograph that has been through the vision graphs, and how long each stage took.
+
+    `rows` is float32 (N, E): the image tokens of this one radiograph.
+    """
+
+    radiograph: Radiograph
+    rows: Float32
+    timings: Timings
+
+
+class AnswerStream(Iterator[str]):
+    """Text pieces of one answer as they come; `summary` once they have all come.
+
+    Closing it early, or dropping it, cancels the generation. Pieces are the model's words before the final clean-up, save
+    that white space at the start is left out; `summary.text` is what a reader should keep.
+    """
+
+    def __init__(self, chat: ChatSession, stream: Stream, question: str, sampling: Sampling, turn_only: bool) -> None:
+        self._chat, self._stream, self._question, self._sampling = chat, stream, question, sampling
+        self._turn_only = turn_only
+        self._before = chat._slot.rows
+        self._raw = ""
+        self._summary: Summary | None = None
+        self._ended = False
+
+    def __iter__(self) -> AnswerStream:
+        return self
+
+    def __next__(self) -> str:
+        if self._ended:
+            raise StopIteration
+        try:
+            for piece in self._stream:
+                started = bool(self._raw.strip())
+                self._raw += piece
+                shown = piece if started else piece.lstrip()
+                if shown:
+                    return shown
+        except BaseException:
+            self.close()
+            raise
+        self._finish()
+        raise StopIteration
+
+    @property
+    def summary(self) -> Summary:
+        """The finished record; reads the rest of the stream if there is any.
+
+        Raises
+        ------
+        ClosedError
+            The stream was closed before its end.
+        """
+        for _ in self:
+            pass
+        if self._summary is None:
+            raise ClosedError("this answer was cancelled before its end, so there is no summary of it")
+        return self._summary
+
+    def close(self) -> None:
+        """Cancel what has not come yet; the conversation goes on as if this question had not been asked."""
+        if self._ended:
+            return
+        self._ended = True
+        self._stream.close()
+        self._chat._abandon(self._before, self._turn_only)
+
+    def __enter__(self) -> AnswerStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_ended", True):
+            self.close()
+
+    def _finish(self) -> None:
+        self._ended = True
+        self._summary = self._chat._record(self._question, self._sampling, self._raw, self._stream.result)
+        if self._turn_only:
+            self._chat.close()
+
+
+class ChatSession:
+    """Questions about one radiograph, each answered with all earlier turns in the KV cache.
+
+    No row is ever prefilled twice: a turn appends its own tokens to what the cache holds.
+
+    Attributes
+    ----------
+    turns
+        Finished records, oldest first.
+    """
+
+    def __init__(self, engine: Engine, bundle: Bundle, study: Study, variant: str | None, device: str) -> None:
+        self._manifest, self._bundle_id = bundle.manifest, bundle.id
+        self._engine, self._study, self._device = engine, study, device
+        self._variant_name, self._variant = prompt.variant_of(bundle.manifest.prompt, variant)
+        self._slot: Slot = engine.open()
+        self._carry = ""
+        self._open: AnswerStream | None = None
+        self._closed = False
+        self.turns: list[Summary] = []
+
+    def ask(self, question: str | None = None, options: GenerationOptions | None = None) -> Summary:
+        """Ask and wait for the whole answer. Raises as `stream` does."""
+        return self.stream(question, options).summary
+
+    def stream(self, question: str | None = None, options: GenerationOptions | None = None) -> AnswerStream:
+        """Ask, and read the answer as it comes; an earlier answer that is still open is cancelled first.
+
+        Raises
+        ------
+        UsageError
+            The question is empty or contains a turn marker, or an option makes no sense.
+        ContextError
+            The conversation and the longest answer would not fit the context; nothing was decoded.
+        ClosedError
+            The session, or its model, was closed.
+        """
+        return self._ask(question, options, turn_only=False)
+
+    def close(self) -> None:
+        """Give the sequence back to the engine. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._slot.close()
+
+    def __enter__(self) -> ChatSession:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _ask(self, question: str | None, options: GenerationOptions | None, *, turn_only: bool) -> AnswerStream:
+        if self._closed:
+            raise ClosedError("this conversation was closed; start another with XrayModel.chat")
+        if self._open is not None:
+            self._open.close()
+        text = prompt.check_question(self._manifest.prompt, question)
+        sampling = resolve(options, self._manifest)
+        tokenize = self._engine.tokenize
+        segments: list[Segment]
+        if self._slot.rows:
+            segments = [prompt.next_turn(self._variant, text, self._carry, tokenize)]
+        else:
+            segments = prompt.build(self._variant, text, self._study.rows, tokenize)
+        reader = AnswerReader(sampling.stops)
+        stream = self._slot.generate(segments, sampling, stop_ids=self._manifest.prompt.stop_ids, reader=reader)
+        answer = AnswerStream(self, stream, text, sampling, turn_only)
+        self._open = answer if not turn_only else None
+        return answer
+
+    def _abandon(self, rows: int, turn_only: bool) -> None:
+        if turn_only:
+            self.close()
+        elif not self._closed:
+            try:
+                self._slot.truncate(rows)
+            except XrayError:
+                self.close()
+
+    def _record(self, question: str, sampling: Sampling, raw: str, generation: Generation) -> Summary:
+        self._carry = generation.carry
+        radiograph, timings = self._study.radiograph, self._study.timings
+        first = not self.turns
+        summary = Summary(
+            source=radiograph.source,
+            sha256=radiograph.sha256,
+            sop_instance_uid=radiograph.sop_instance_uid,
+            question=question,
+            prompt_variant=self._variant_name,
+            text=clean(raw, self._manifest.prompt.keep_after),
+            raw_text=raw,
+            finish=generation.finish,
+            warnings=(*radiograph.warnings, *_length_warning(generation, sampling)),
+            options=sampling,
+            device=self._device,
+            bundle_id=self._bundle_id,
+            bundle_name=self._manifest.name,
+            timings=replace(
+                timings if first else Timings(), prefill=generation.prefill_s, generate=generation.generate_s
+            ),
+            prompt_tokens=generation.prompt_rows - (len(self._study.rows) if first else 0),
+            image_tokens=len(self._study.rows) if first else 0,
+            answer_tokens=len(generation.ids),
+            disclaimer=self._manifest.disclaimer,
+        )
+        self.turns.append(summary)
+        return summary
+
+
+def _length_warning(generation: Generation, sampling: Sampling) -> tuple[str, ...]:
+    if generation.finish == "stop":
+        return ()
+    return (f"the answer was cut at max_tokens = {sampling.max_tokens}; it may be incomplete",)

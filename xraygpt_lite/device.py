@@ -1,0 +1,103 @@
+"""The only place that chooses where things run: CPU or GPU, threads, context, and the folder for what was measured.
+
+It is told what is there (ONNX Runtime's providers, whether llama.cpp was built for a GPU) and imports neither.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import platformdirs
+
+from xraygpt_lite.errors import DeviceError, UsageError
+from xraygpt_lite.values import DevicePlan
+
+Device = Literal["auto", "cpu", "cuda"]
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+DEFAULT_CONTEXT = 2048
+_CUDA_ADVICE = "see the installation guide for the CUDA build, or use --device cpu"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cache_folder() -> Path:
+    """Where hashes, measured settings and verdicts are kept: XRAYGPT_LITE_CACHE, else the user's cache folder."""
+    named = os.environ.get("XRAYGPT_LITE_CACHE")
+    return Path(named) if named else Path(platformdirs.user_cache_dir("xraygpt-lite", appauthor=False))
+
+
+def plan(
+    device: str,
+    *,
+    providers: Sequence[str],
+    llama_gpu: bool,
+    trained_context: int,
+    threads: int | None = None,
+    context: int | None = None,
+) -> DevicePlan:
+    """Decide what runs where.
+
+    Parameters
+    ----------
+    device
+        "auto" takes the GPU wherever it is to be had and says so; "cuda" and "cpu" are orders.
+    providers
+        ONNX Runtime's available providers.
+    llama_gpu
+        Whether llama.cpp was built for a GPU and sees one.
+    trained_context
+        Longest context that the language model was trained for.
+    threads, context
+        Explicit values; None chooses: one thread a core, at most 2048 cells.
+
+    Raises
+    ------
+    DeviceError
+        "cuda" was asked for and one of the two native libraries cannot use it.
+    UsageError
+        An unknown device, or a number that makes no sense.
+    """
+    if device not in get_args(Device):
+        raise UsageError(f"device {device!r} is unknown; it must be one of: {', '.join(get_args(Device))}")
+    if threads is not None and not 1 <= threads <= 1024:
+        raise UsageError(f"threads is {threads}; it must lie between 1 and 1024")
+    if context is not None and not 16 <= context <= trained_context:
+        raise UsageError(f"context is {context}; this language model takes 16 to {trained_context} tokens")
+    vision_gpu = CUDA in providers
+    if device == "cuda" and not (vision_gpu and llama_gpu):
+        lacking = [
+            name
+            for name, there in (("ONNX Runtime has no CUDA provider", vision_gpu), ("llama.cpp sees no GPU", llama_gpu))
+            if not there
+        ]
+        raise DeviceError(f"--device cuda cannot be met: {' and '.join(lacking)}; {_CUDA_ADVICE}")
+    reasons = [
+        _reason("vision", device, vision_gpu, "ONNX Runtime's CUDA provider"),
+        _reason("language model", device, llama_gpu, "a GPU in llama.cpp"),
+        f"{threads} threads were asked for" if threads else f"{cores()} threads: one for each core of this process",
+    ]
+    use_vision, use_llama = device != "cpu" and vision_gpu, device != "cpu" and llama_gpu
+    return DevicePlan(
+        device="cuda" if use_vision or use_llama else "cpu",
+        providers=(CUDA, CPU) if use_vision else (CPU,),
+        gpu_layers=-1 if use_llama else 0,
+        threads=threads or cores(),
+        context=context or min(DEFAULT_CONTEXT, trained_context),
+        reasons=tuple(reasons),
+    )
+
+
+def _reason(what: str, device: str, there: bool, needed: str) -> str:
+    if device == "cpu":
+        return f"{what} on the CPU: asked for"
+    if not there:
+        return f"{what} on the CPU: {needed} was not found"
+    return f"{what} on the GPU: {'asked for' if device == 'cuda' else needed + ' was found'}"

@@ -1,0 +1,319 @@
+"""The main path: a radiograph in, a summary out. Start reading here.
+
+    read → transform → encoder → projector → prompt → prefill → decode → answer → Summary
+
+`load` checks a bundle, decides where it runs and opens it; an `XrayModel` answers about one radiograph at a time or many.
+It knows every room's front door and no room's inside.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from xraygpt_lite import device as devices
+from xraygpt_lite import prompt, vision
+from xraygpt_lite.answer import AnswerReader
+from xraygpt_lite.bundle import gguf_header, store
+from xraygpt_lite.cache import Cache
+from xraygpt_lite.chat import AnswerStream, ChatSession, Study
+from xraygpt_lite.errors import BundleError, ClosedError, UsageError
+from xraygpt_lite.imaging.read import read
+from xraygpt_lite.imaging.transform import transform
+from xraygpt_lite.llm import native, selftest
+from xraygpt_lite.llm.scheduler import Engine, Slot
+from xraygpt_lite.options import resolve
+from xraygpt_lite.values import (
+    Bundle,
+    DevicePlan,
+    Finding,
+    FindingSpec,
+    Float32,
+    GenerationOptions,
+    ImageTokens,
+    Radiograph,
+    Sampling,
+    Summary,
+    Timings,
+    TokenSegment,
+)
+
+Image = str | os.PathLike[str] | bytes | np.ndarray | Radiograph
+"""What every method takes: a path, a file's bytes, an array (H, W), or a `Radiograph` that was read before."""
+
+
+def load(
+    bundle: str | os.PathLike[str] | None = None,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+) -> XrayModel:
+    """Check a bundle and open it.
+
+    Parameters
+    ----------
+    bundle
+        A name of a bundled or installed bundle, or a folder; None is the default bundle.
+    device
+        "auto", "cpu" or "cuda".
+    threads, context
+        None lets `device.plan` choose.
+
+    Raises
+    ------
+    BundleError
+        The bundle fails a check.
+    DeviceError, MissingPackageError, NativeError
+        What it needs to run is absent, or llama.cpp's build does not run on this machine.
+    """
+    cache = Cache(devices.cache_folder())
+    checked = store.load(store.find(os.fspath(bundle) if bundle is not None else None), cache)
+    selftest.check(store.find(None) / "llm.gguf", cache)
+    return open_bundle(checked, device=device, threads=threads, context=context)
+
+
+def open_bundle(
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    float32_cache: bool = False,
+) -> XrayModel:
+    """Open a bundle whose files were checked. `float32_cache` is for parity with float32 references; raises as `load`."""
+    plan = devices.plan(
+        device,
+        providers=vision.available_providers(),
+        llama_gpu=native.supports_gpu(),
+        trained_context=gguf_header.read(bundle.llm).context_length,
+        threads=threads,
+        context=context,
+    )
+    return XrayModel(bundle, replace(plan, float32_cache=float32_cache))
+
+
+class XrayModel:
+    """An opened bundle. Safe to call from several threads; close it, or use it as a context manager.
+
+    Attributes
+    ----------
+    bundle, plan, providers
+        What is loaded, where it runs and why, and what ONNX Runtime really uses.
+    """
+
+    def __init__(self, bundle: Bundle, plan: DevicePlan) -> None:
+        self.bundle, self.plan = bundle, plan
+        self._encoder = vision.Encoder(bundle, plan)
+        self._engine = Engine(bundle.llm, plan)
+        self._closed = False
+        if self._engine.width != bundle.manifest.width:
+            self._engine.close()
+            raise BundleError(
+                f"llm.gguf has embeddings {self._engine.width} wide; the projector gives {bundle.manifest.width}, "
+                "so these files do not belong together"
+            )
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        return self._encoder.providers
+
+    def summarize(
+        self,
+        image: Image,
+        question: str | None = None,
+        options: GenerationOptions | None = None,
+        *,
+        variant: str | None = None,
+    ) -> Summary:
+        """One answer about one radiograph.
+
+        Parameters
+        ----------
+        image
+            A path, a file's bytes, an array (H, W) with 0 = dark, or a `Radiograph`.
+        question
+            None asks the bundle's default question.
+        options
+            What is None in it is decided by the preset, else by the bundle.
+        variant
+            One of the bundle's prompt wordings; None is its default.
+
+        Raises
+        ------
+        ImageError
+            The image cannot be read as a radiograph.
+        UsageError
+            The question contains a turn marker, or an option makes no sense.
+        ContextError
+            Prompt and longest answer do not fit the context.
+        """
+        return self.stream(image, question, options, variant=variant).summary
+
+    def stream(
+        self,
+        image: Image,
+        question: str | None = None,
+        options: GenerationOptions | None = None,
+        *,
+        variant: str | None = None,
+    ) -> AnswerStream:
+        """As `summarize`, with the text as it comes and the record in `.summary` at the end."""
+        self.check(question, options, variant=variant)
+        chat = self.chat(image, variant=variant)
+        try:
+            return chat._ask(question, options, turn_only=True)
+        except BaseException:
+            chat.close()
+            raise
+
+    def chat(self, image: Image, *, variant: str | None = None) -> ChatSession:
+        """A conversation about one radiograph, which is encoded once."""
+        return ChatSession(self._open(), self.bundle, self.study(image), variant, self.plan.device)
+
+    def check(
+        self, question: str | None = None, options: GenerationOptions | None = None, *, variant: str | None = None
+    ) -> None:
+        """Raise the UsageError that `summarize` would raise for these, without an image."""
+        prompt.variant_of(self.bundle.manifest.prompt, variant)
+        prompt.check_question(self.bundle.manifest.prompt, question)
+        resolve(options, self.bundle.manifest)
+
+    def score(self, image: Image, question: str, choices: Sequence[str]) -> dict[str, float]:
+        """How likely each choice is as the answer: probabilities that sum to 1.
+
+        The softmax over the choices of each one's summed token log-probabilities; a choice is tokenized as a
+        continuation of the prompt, and its sum is not divided by its length.
+
+        Raises
+        ------
+        UsageError
+            Fewer than two choices, or one that is empty or given twice; or as `summarize`.
+        """
+        spec = FindingSpec("", prompt.check_question(self.bundle.manifest.prompt, question), "", "")
+        return self._score(self.study(image).rows, [(spec.question, tuple(choices))])[0]
+
+    def findings(self, image: Image) -> tuple[Finding, ...]:
+        """The probability of "yes" for every finding that the bundle's manifest lists, by its own questions.
+
+        Raises
+        ------
+        UsageError
+            The bundle lists no findings.
+        """
+        specs = self.bundle.manifest.prompt.findings
+        if not specs:
+            raise UsageError(f"bundle {self.bundle.manifest.name!r} lists no findings that may be scored")
+        asked = [(spec.question, (spec.yes, spec.no)) for spec in specs]
+        scores = self._score(self.study(image).rows, asked)
+        return tuple(
+            Finding(spec.name, score[spec.yes] >= 0.5, score[spec.yes]) for spec, score in zip(specs, scores, strict=True)
+        )
+
+    def study(self, image: Image) -> Study:
+        """Read, transform and encode one radiograph."""
+        self._open()
+        began = time.perf_counter()
+        radiograph = image if isinstance(image, Radiograph) else read(image)
+        was_read = time.perf_counter()
+        tokens = self._encoder.encode(transform([radiograph], self.bundle.manifest.image))
+        timings = Timings(read=was_read - began, vision=time.perf_counter() - was_read)
+        return Study(radiograph, tokens.data[0], timings)
+
+    def tokens_of(self, image: Image) -> ImageTokens:
+        """The image tokens (1, N, E) of one radiograph."""
+        return ImageTokens(self.study(image).rows[None])
+
+    def trace(self, tokens: ImageTokens, question: str | None, ids: Sequence[int]) -> Float32:
+        """Logits float32 (len(ids), V) that predict each of `ids` as the answer, teacher-forced."""
+        _, variant = prompt.variant_of(self.bundle.manifest.prompt, None)
+        asked = prompt.check_question(self.bundle.manifest.prompt, question)
+        engine = self._open()
+        with engine.open() as slot:
+            return slot.trace(prompt.build(variant, asked, tokens.data[0], engine.tokenize), ids)
+
+    def generate_ids(self, image: Image, question: str | None, max_tokens: int) -> tuple[int, ...]:
+        """Token ids of the greedy answer."""
+        _, variant = prompt.variant_of(self.bundle.manifest.prompt, None)
+        asked = prompt.check_question(self.bundle.manifest.prompt, question)
+        engine, spec = self._open(), self.bundle.manifest.prompt
+        with engine.open() as slot:
+            segments = prompt.build(variant, asked, self.study(image).rows, engine.tokenize)
+            stream = slot.generate(
+                segments, Sampling(max_tokens=max_tokens), stop_ids=spec.stop_ids, reader=AnswerReader(spec.stops)
+            )
+            for _ in stream:
+                pass
+            return stream.result.ids
+
+    def close(self) -> None:
+        """Stop the engine and free everything. Safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            self._engine.close()
+            self._encoder.close()
+
+    def __enter__(self) -> XrayModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _open(self) -> Engine:
+        if self._closed:
+            raise ClosedError("this model was closed; load it again")
+        return self._engine
+
+    def _score(self, rows: Float32, asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[dict[str, float]]:
+        """Scores of several questions about one image, whose rows are prefilled once."""
+        engine = self._open()
+        _, variant = prompt.variant_of(self.bundle.manifest.prompt, None)
+        results = []
+        with engine.open() as slot:
+            slot.prefill(prompt.prefix(variant, rows, engine.tokenize))
+            for question, choices in asked:
+                ids = _choice_ids(engine, choices)
+                sums = _sums(slot, prompt.question_part(variant, question, engine.tokenize), ids)
+                weights = np.exp(sums - sums.max())
+                results.append(dict(zip(choices, (weights / weights.sum()).tolist(), strict=True)))
+        return results
+
+
+def _choice_ids(engine: Engine, choices: Sequence[str]) -> list[list[int]]:
+    if len(choices) < 2 or len(set(choices)) != len(choices):
+        raise UsageError(f"score was given {len(choices)} choices; it needs two or more, all different")
+    ids = [engine.tokenize(choice, leading_space=False).tolist() for choice in choices]
+    if not all(ids):
+        raise UsageError("score was given an empty choice; every choice needs at least one character")
+    return ids
+
+
+def _sums(slot: Slot, question: TokenSegment, choices: list[list[int]]) -> np.ndarray:
+    """Summed log-probability of each choice after `question`; the slot is left as it was.
+
+    The first trace already predicts every choice's first token, so only longer choices cost a trace of their own.
+    """
+    shared = slot.rows
+    sums = np.empty(len(choices))
+    first = None
+    for n, choice in enumerate(choices):
+        if first is not None and len(choice) == 1:
+            sums[n] = first[choice[0]]
+            continue
+        slot.truncate(shared)
+        logs = _log_softmax(slot.trace([question], choice).astype(np.float64))
+        first = logs[0] if first is None else first
+        sums[n] = logs[np.arange(len(choice)), choice].sum()
+    slot.truncate(shared)
+    return sums
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))

@@ -1,0 +1,54 @@
+"""Decides every generation option: explicit over preset over the bundle's default, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, replace
+
+from xraygpt_lite.errors import UsageError
+from xraygpt_lite.values import GenerationOptions, Manifest, Sampling
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_tokens": (1, 100_000),
+    "min_tokens": (0, 100_000),
+    "temperature": (0, 10),
+    "top_p": (0, 1),
+    "top_k": (0, 1_000_000),
+    "repeat_penalty": (0.01, 10),
+    "penalty_last_n": (-1, 1_000_000),
+    "seed": (0, 2**32 - 2),
+}
+
+
+def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
+    """Every option's value for one generation.
+
+    The stop strings are the bundle's and then the caller's; `Sampling.preset` names the preset, "default" if none.
+
+    Raises
+    ------
+    UsageError
+        An unknown preset, or a value outside its range; the message names option, value and range.
+    """
+    given = options or GenerationOptions()
+    chosen = manifest.defaults
+    if given.preset is not None:
+        if given.preset not in manifest.presets:
+            known = ", ".join(sorted(manifest.presets)) or "none"
+            raise UsageError(f"preset {given.preset!r} is unknown to bundle {manifest.name!r}; it has: {known}")
+        chosen = replace(_over(chosen, manifest.presets[given.preset]), preset=given.preset)
+    chosen = _over(chosen, given)
+    for name, (low, high) in _RANGES.items():
+        value = getattr(chosen, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise UsageError(f"{name} is {value}; it must lie between {low} and {high}")
+    if chosen.min_tokens > chosen.max_tokens:
+        raise UsageError(f"min_tokens is {chosen.min_tokens}, more than max_tokens, {chosen.max_tokens}")
+    return replace(chosen, stops=tuple(dict.fromkeys((*manifest.prompt.stops, *(given.stops or ())))))
+
+
+def _over(below: Sampling, above: GenerationOptions) -> Sampling:
+    values = {name: value for name, value in asdict(above).items() if value is not None}
+    values.pop("preset", None)
+    values.pop("stops", None)
+    return replace(below, **values)

@@ -1,0 +1,89 @@
+"""A question becomes the segments that a model was trained to read: tokens, image rows, tokens.
+
+Knows the wording (`PromptSpec`) and is given a tokenizer; knows no model, image or native library.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from xraygpt_lite.errors import UsageError
+from xraygpt_lite.values import EmbeddingSegment, Float32, Int32, PromptSpec, PromptVariant, Segment, TokenSegment
+
+
+class Tokenize(Protocol):
+    """Text → ids, int32 (n,); control tokens are never parsed out of the text."""
+
+    def __call__(self, text: str, *, leading_space: bool) -> Int32: ...
+
+
+def variant_of(spec: PromptSpec, name: str | None) -> tuple[str, PromptVariant]:
+    """The wording called `name`, or the default one.
+
+    Raises
+    ------
+    UsageError
+        The bundle has no such variant.
+    """
+    chosen = name or spec.default_variant
+    if chosen not in spec.variants:
+        raise UsageError(f"prompt variant {chosen!r} is unknown to this bundle; it has: {', '.join(sorted(spec.variants))}")
+    return chosen, spec.variants[chosen]
+
+
+def check_question(spec: PromptSpec, question: str | None) -> str:
+    """The question to ask: the given one, stripped, or the bundle's default.
+
+    Role markers and stop strings as plain text would be read as the model's own turn marks, so they are refused.
+
+    Raises
+    ------
+    UsageError
+        The question is empty or contains a refused string.
+    """
+    if question is None:
+        return spec.default_question
+    text = question.strip()
+    if not text:
+        raise UsageError("the question is empty; leave it out to ask the bundle's default question")
+    folded = text.casefold()
+    for marker in (*spec.refused, *spec.stops):
+        if marker.casefold() in folded:
+            raise UsageError(f"the question contains {marker!r}, a turn marker of this model; rephrase it without the marker")
+    return text
+
+
+def prefix(variant: PromptVariant, rows: Float32, tokenize: Tokenize) -> list[Segment]:
+    """What stands before any question: control ids, the text before the image, and the image rows (N, E)."""
+    return [_tokens(variant.before_ids, variant.before, True, tokenize), EmbeddingSegment(rows)]
+
+
+def question_part(variant: PromptVariant, question: str, tokenize: Tokenize) -> TokenSegment:
+    """What follows the image: the template with the question in it, tokenized as one piece."""
+    return _tokens((), _fill(variant.after, question), True, tokenize)
+
+
+def build(variant: PromptVariant, question: str, rows: Float32, tokenize: Tokenize) -> list[Segment]:
+    """The whole first turn: `prefix`, then `question_part`."""
+    return [*prefix(variant, rows, tokenize), question_part(variant, question, tokenize)]
+
+
+def next_turn(variant: PromptVariant, question: str, carry: str, tokenize: Tokenize) -> TokenSegment:
+    """What follows an answer that is in the cache; `carry` is the answer's end where it had to leave the cache."""
+    text = _fill(variant.next_turn, question)
+    if not variant.next_turn_ids:
+        return _tokens((), carry + text, False, tokenize)
+    head = tokenize(carry, leading_space=False) if carry else np.empty(0, np.int32)
+    tail = _tokens(variant.next_turn_ids, text, True, tokenize)
+    return TokenSegment(np.concatenate([head, tail.ids]).astype(np.int32))
+
+
+def _fill(template: str, question: str) -> str:
+    return template.replace("{question}", question)
+
+
+def _tokens(control: tuple[int, ...], text: str, leading_space: bool, tokenize: Tokenize) -> TokenSegment:
+    ids = tokenize(text, leading_space=leading_space) if text else np.empty(0, np.int32)
+    return TokenSegment(np.concatenate([np.asarray(control, np.int32), ids]).astype(np.int32))

@@ -1,0 +1,148 @@
+"""Encoder and projector: the only file that imports onnxruntime.
+
+Two graphs with a free batch axis: `pixels` (B, 3, S, S) → `features` (B, N, F) → `embeddings` (B, N, E).
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xraygpt_lite.errors import BundleError, DeviceError, MissingPackageError, NativeError
+from xraygpt_lite.values import Bundle, DevicePlan, ImageTokens, Pixels
+
+RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+
+
+def installed_runtimes() -> dict[str, str]:
+    """Installed distributions that provide the module `onnxruntime`, name → version."""
+    found = {}
+    for name in RUNTIMES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _runtime() -> Any:
+    found = installed_runtimes()
+    if len(found) > 1:
+        raise MissingPackageError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other, so CUDA is silently lost; "
+            "run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'xraygpt-lite[cpu]' or 'xraygpt-lite[cuda]'"
+        )
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPackageError(
+            "ONNX Runtime is not installed; run: pip install 'xraygpt-lite[cpu]' (or 'xraygpt-lite[cuda]' with an NVIDIA GPU)"
+        ) from error
+    onnxruntime.set_default_logger_severity(4)
+    return onnxruntime
+
+
+def available_providers() -> tuple[str, ...]:
+    """Providers of the installed runtime; what a session really got is `Encoder.providers`.
+
+    Raises
+    ------
+    MissingPackageError
+        No runtime is installed, or both are.
+    """
+    runtime = _runtime()
+    if "onnxruntime-gpu" in installed_runtimes() and hasattr(runtime, "preload_dlls"):
+        runtime.preload_dlls()
+    return tuple(runtime.get_available_providers())
+
+
+class Encoder:
+    """A bundle's encoder and projector, loaded.
+
+    Attributes
+    ----------
+    providers
+        What the encoder's session really runs on, in order.
+
+    Raises
+    ------
+    BundleError
+        A file is not a graph of this contract, or its shapes are not the manifest's.
+    DeviceError
+        The GPU was planned and the session did not get it.
+    """
+
+    def __init__(self, bundle: Bundle, plan: DevicePlan) -> None:
+        self._manifest = bundle.manifest
+        size, count, width = self._manifest.image.size, self._manifest.image_tokens, self._manifest.width
+        self._encoder = _session(bundle.vision, plan)
+        self._projector = _session(bundle.projector, plan)
+        self.providers: tuple[str, ...] = tuple(self._encoder.get_providers())
+        features = _check_graph(self._encoder, bundle.vision, ("pixels", (3, size, size)), ("features", (count, None)))
+        _check_graph(self._projector, bundle.projector, ("features", (None, features[-1])), ("embeddings", (None, width)))
+        if plan.providers[0] not in self.providers:
+            raise DeviceError(
+                f"{plan.providers[0]} was planned and the session runs on {', '.join(self.providers)}; "
+                "install the CUDA libraries that this ONNX Runtime needs, or use --device cpu"
+            )
+
+    def encode(self, pixels: Pixels) -> ImageTokens:
+        """Pixels float32 (B, 3, S, S) → image tokens float32 (B, N, E).
+
+        Raises
+        ------
+        NativeError
+            ONNX Runtime failed, or gave values that are not finite.
+        BundleError
+            The result has another shape than the manifest says.
+        """
+        try:
+            features = self._encoder.run(["features"], {"pixels": pixels.data})[0]
+            rows = self._projector.run(["embeddings"], {"features": features})[0]
+        except Exception as error:  # onnxruntime raises a dozen classes of its own, with no common base
+            raise NativeError(f"ONNX Runtime failed on this bundle's vision graphs: {_first_line(error)}") from error
+        expected = (len(pixels.data), self._manifest.image_tokens, self._manifest.width)
+        if rows.shape != expected:
+            raise BundleError(f"the vision graphs give image tokens of shape {rows.shape}; the manifest says {expected}")
+        if not np.isfinite(rows).all():
+            raise NativeError("the vision graphs give image tokens that are not finite numbers; run: xraygpt-lite verify")
+        return ImageTokens(np.ascontiguousarray(rows, np.float32))
+
+    def close(self) -> None:
+        """Free both sessions; `encode` must not be called again."""
+        self._encoder = self._projector = None
+
+
+def _session(path: Path, plan: DevicePlan) -> Any:
+    runtime = _runtime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = plan.threads
+    options.log_severity_level = 4
+    try:
+        return runtime.InferenceSession(str(path), options, providers=list(plan.providers))
+    except Exception as error:  # as above: no common base class
+        raise BundleError(f"{path.name} cannot be loaded by ONNX Runtime: {_first_line(error)}") from error
+
+
+def _check_graph(
+    session: Any, path: Path, source: tuple[str, tuple[int | None, ...]], result: tuple[str, tuple[int | None, ...]]
+) -> tuple[Any, ...]:
+    """Hold a graph to its contract (None = any size); return the shape of its result behind the batch axis."""
+    for values, (name, expected) in ((session.get_inputs(), source), (session.get_outputs(), result)):
+        shapes = {value.name: tuple(value.shape) for value in values}
+        if list(shapes) != [name] or len(shapes[name]) != len(expected) + 1:
+            raise BundleError(f"{path.name} has {shapes}; expected one tensor {name!r} with a batch axis and {expected}")
+        if isinstance(shapes[name][0], int):
+            raise BundleError(f"{path.name}: the batch axis of {name!r} is fixed at {shapes[name][0]}; it must be free")
+        for seen, wanted in zip(shapes[name][1:], expected, strict=True):
+            if isinstance(seen, int) and wanted is not None and seen != wanted:
+                raise BundleError(f"{path.name}: {name!r} has shape {shapes[name]}; the manifest wants {expected}")
+    value = session.get_outputs()[0]
+    return tuple(size if isinstance(size, int) else None for size in value.shape[1:])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
