@@ -1,0 +1,65 @@
+"""Every choice of a device carries its reason; an order that cannot be met is an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from xraygpt_lite import device
+from xraygpt_lite.errors import DeviceError, UsageError
+from xraygpt_lite.values import DevicePlan
+
+
+def plan(name: str, *, vision: bool = False, llama: bool = False, **more: int) -> DevicePlan:
+    providers = (device.CUDA, device.CPU) if vision else (device.CPU,)
+    return device.plan(name, providers=providers, llama_gpu=llama, trained_context=4096, **more)
+
+
+def test_auto_without_a_gpu_runs_on_the_cpu_and_says_why() -> None:
+    chosen = plan("auto")
+    assert (chosen.device, chosen.providers, chosen.gpu_layers) == ("cpu", (device.CPU,), 0)
+    assert "vision on the CPU: ONNX Runtime's CUDA provider was not found" in chosen.reasons
+    assert chosen.threads == device.cores()
+
+
+def test_auto_takes_what_gpu_there_is_and_names_the_rest() -> None:
+    chosen = plan("auto", llama=True)
+    assert (chosen.device, chosen.providers, chosen.gpu_layers) == ("cuda", (device.CPU,), -1)
+    assert chosen.reasons[0].startswith("vision on the CPU")
+    assert chosen.reasons[1].startswith("language model on the GPU")
+
+
+def test_cpu_is_obeyed_where_a_gpu_is_there() -> None:
+    chosen = plan("cpu", vision=True, llama=True)
+    assert (chosen.device, chosen.providers, chosen.gpu_layers) == ("cpu", (device.CPU,), 0)
+
+
+@pytest.mark.parametrize(
+    ("there", "named"),
+    [({}, "ONNX Runtime has no CUDA provider and llama.cpp"), ({"vision": True}, "llama.cpp sees no GPU")],
+)
+def test_cuda_that_cannot_be_met_names_what_is_lacking(there: dict[str, bool], named: str) -> None:
+    with pytest.raises(DeviceError, match=named):
+        plan("cuda", **there)
+
+
+def test_context_defaults_to_what_the_model_was_trained_for() -> None:
+    assert plan("cpu").context == device.DEFAULT_CONTEXT
+    assert device.plan("cpu", providers=(device.CPU,), llama_gpu=False, trained_context=512).context == 512
+    with pytest.raises(UsageError, match="context is 5000; this language model takes 16 to 4096"):
+        plan("cpu", context=5000)
+
+
+def test_numbers_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(UsageError, match="threads is 0"):
+        plan("cpu", threads=0)
+    with pytest.raises(UsageError, match="'tpu' is unknown"):
+        plan("tpu")
+
+
+def test_the_cache_folder_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XRAYGPT_LITE_CACHE", str(tmp_path))
+    assert device.cache_folder() == tmp_path
+    monkeypatch.delenv("XRAYGPT_LITE_CACHE")
+    assert device.cache_folder().name == "xraygpt-lite"
