@@ -1,0 +1,220 @@
+"""The engine thread: it alone touches the context, and decodes one row for every active sequence in each step.
+
+Knows requests and native objects. Callers, slots and streams live in `scheduler`; they only submit and wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+import numpy as np
+
+from ..errors import CancelledError, ClosedError, NativeError, UsageError, XrayError
+from ..values import DevicePlan
+from .native import Batch, Context, Model
+from .requests import Generate, Request
+from .sequence import Held
+
+
+class Core:
+    """Model, context and thread of one engine. Holds no reference to the `Engine` that callers see."""
+
+    def __init__(self, gguf: Path, plan: DevicePlan) -> None:
+        self.model = Model(gguf, plan.gpu_layers)
+        self.cells = min(plan.context, self.model.trained_context)
+        try:
+            self.context = Context(self.model, plan, self.cells)
+        except XrayError:
+            self.model.close()
+            raise
+        self.lock = threading.Condition()
+        self.closed = False
+        self._batch = Batch(self.context.batch)
+        self._free = list(range(plan.sequences))
+        self._sequences = plan.sequences
+        self._holders: dict[int, int] = {}
+        self._inbox: SimpleQueue[Request | Held | None] = SimpleQueue()
+        self._active: list[Request] = []
+        self._broken: str | None = None
+        self._thread = threading.Thread(target=self._run, name="xraygpt-lite-engine", daemon=True)
+        self._thread.start()
+
+    # Called from any thread.
+
+    def take_sequence(self) -> Held:
+        """Wait for a free sequence and take it."""
+        me = threading.get_ident()
+        with self.lock:
+            while True:
+                self._check_open()
+                if self._free:
+                    held = Held(self._free.pop(0))
+                    self._holders[held.id] = me
+                    return held
+                owners = list(self._holders.values())
+                if len(owners) == self._sequences and all(owner == me for owner in owners):
+                    raise UsageError(
+                        f"all {self._sequences} sequences of the model are held by this thread, which would wait "
+                        "forever; close a chat first or load the model with more sequences"
+                    )
+                self.lock.wait()
+
+    def release(self, held: Held, last: list[Request]) -> None:
+        """Give a sequence back; also from a finalizer, so it takes no lock."""
+        for request in last:
+            request.cancelled = True
+        self._holders.pop(held.id, None)
+        self._inbox.put(held)
+
+    def submit(self, request: Request) -> None:
+        """Hand a request to the engine thread."""
+        with self.lock:
+            try:
+                self._check_open()
+            except XrayError:
+                request.close()
+                raise
+            self._inbox.put(request)
+
+    def wake(self) -> None:
+        """Make the thread look at its requests again, for one was cancelled."""
+        self._inbox.put(None)
+
+    def stop(self) -> None:
+        """End the thread and free everything; idempotent, and also run when the interpreter exits."""
+        with self.lock:
+            self.closed = True
+            self.lock.notify_all()
+        self._inbox.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _check_open(self) -> None:
+        if self._broken is not None:
+            raise NativeError(f"the language model stopped working ({self._broken}); load it again")
+        if self.closed:
+            raise ClosedError("the language model was closed; load it again")
+
+    # Run by the engine thread only.
+
+    def _run(self) -> None:
+        try:
+            while not self.closed:
+                self._collect()
+                for request in [request for request in self._active if request.cancelled]:
+                    self._fail([request], CancelledError("the answer was cancelled"))
+                self._prefill()
+                self._step()
+        # Whatever it is, callers must hear of it: they wait on queues.
+        except Exception as error:
+            self._broken = str(error)
+        finally:
+            # Nobody is let in from here on, so what is in the inbox is all that there is.
+            with self.lock:
+                self._give_up()
+                self.context.close()
+                self.model.close()
+                self.lock.notify_all()
+
+    def _give_up(self) -> None:
+        """End every request, without touching the cache."""
+        while True:
+            try:
+                item = self._inbox.get_nowait()
+            except Empty:
+                break
+            if isinstance(item, Request):
+                self._active.append(item)
+        for request in self._active:
+            try:
+                self._check_open()
+            except XrayError as error:
+                request.end(error)
+        self._active.clear()
+
+    def _collect(self) -> None:
+        """Take what callers sent; wait for it where nothing is to be done."""
+        block = not self._active
+        while True:
+            try:
+                item = self._inbox.get(block=block)
+            except Empty:
+                return
+            block = False
+            if isinstance(item, Request):
+                self._active.append(item)
+            elif isinstance(item, Held):
+                self._free_sequence(item)
+
+    def _free_sequence(self, held: Held) -> None:
+        self._fail([r for r in self._active if r.held is held], CancelledError("the slot was closed"))
+        self.context.cut(held.id, 0)
+        with self.lock:
+            self._free.append(held.id)
+            # Neighbouring ids share a decode call's micro-batch: keep the used ones low.
+            self._free.sort()
+            self.lock.notify()
+
+    def _prefill(self) -> None:
+        """Decode one chunk of the first request that has any left, so that others' answers go on meanwhile."""
+        request = next((r for r in self._active if r.chunks or not isinstance(r, Generate)), None)
+        if request is None:
+            return
+        if not request.chunks:
+            self._advance(request, ())
+            return
+        held, chunk = request.held, request.chunks[0]
+        rows = len(chunk.content)
+        first_output = rows - chunk.outputs
+        self._batch.put(
+            chunk.content, np.arange(held.rows, held.rows + rows), held.id, np.arange(rows) >= first_output
+        )
+        if self._decode([request]):
+            held.rows += rows
+            request.chunks.popleft()
+            self._advance(request, range(first_output, rows))
+
+    def _step(self) -> None:
+        """Decode one row of every request that generates, in one call."""
+        ready = [request for request in self._active if isinstance(request, Generate) and not request.chunks]
+        if not ready:
+            return
+        ready.sort(key=lambda request: request.held.id)
+        self._batch.put(
+            np.fromiter((request.next_token for request in ready), np.int32, len(ready)),
+            [request.held.rows for request in ready],
+            [request.held.id for request in ready],
+            [request.wants_logits for request in ready],
+        )
+        if self._decode(list(ready)):
+            for row, request in enumerate(ready):
+                request.held.rows += 1
+                self._advance(request, (row,))
+
+    def _decode(self, requests: list[Request]) -> bool:
+        try:
+            self.context.decode(self._batch)
+        except NativeError as error:
+            self._fail(requests, error)
+            return False
+        return True
+
+    def _advance(self, request: Request, rows: range | tuple[int, ...]) -> None:
+        try:
+            request.advance(self.context, rows)
+        # The reader is the caller's code: whatever it raises is the caller's to hear and ends this request alone.
+        except Exception as error:
+            self._fail([request], error)
+        if request.done.is_set() and request in self._active:
+            self._active.remove(request)
+
+    def _fail(self, requests: list[Request], error: Exception) -> None:
+        """End requests and leave their sequences as they were before."""
+        for request in requests:
+            rows, tail = request.start
+            self.context.cut(request.held.id, rows)
+            request.held.rows, request.held.tail = rows, tail
+            self._active.remove(request)
+            request.end(error)

@@ -1,0 +1,155 @@
+"""Loads llama.cpp once and keeps it quiet: its log becomes part of our errors instead of lines on stderr.
+
+Knows how llama-cpp-python is laid out (the low-level functions, struct fields, the folder of libraries). Knows nothing
+of models, sequences or sampling. Never uses the high-level `Llama` class.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import threading
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from ..errors import MissingPackageError, NativeError
+
+VERSION = "0.3.36"
+REINSTALL = (
+    'CMAKE_ARGS="-DLLAVA_BUILD=OFF" CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-cache-dir '
+    f"--no-binary llama-cpp-python llama-cpp-python=={VERSION}"
+)
+WARNING, ERROR, CONTINUED = 2, 3, 5
+_KEPT_LINES = 2000
+
+
+class Log:
+    """The last lines that llama.cpp and ggml logged, from whatever thread, numbered so that a caller sees its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lines: deque[tuple[int, int, str]] = deque(maxlen=_KEPT_LINES)
+        self._count = 0
+        self._open = False
+        self.callback: Any = None
+
+    def add(self, level: int, text: bytes) -> None:
+        """Take one message; one that follows an unfinished line is joined to it."""
+        decoded = text.decode("utf-8", "replace")
+        with self._lock:
+            if self._lines and (self._open or level == CONTINUED):
+                number, first, line = self._lines.pop()
+                self._lines.append((number, first, line + decoded.rstrip("\n")))
+            else:
+                self._count += 1
+                self._lines.append((self._count, level, decoded.rstrip("\n")))
+            self._open = not decoded.endswith("\n")
+
+    def mark(self) -> int:
+        """Return the number of the last line, to be given to `since`."""
+        with self._lock:
+            return self._count
+
+    def since(self, mark: int, level: int = ERROR) -> list[str]:
+        """Return the lines of exactly this level that came after `mark`."""
+        with self._lock:
+            return [line.strip() for number, seen, line in self._lines if number > mark and seen == level]
+
+    def reason(self, mark: int) -> str:
+        """Return ": " and the last error after `mark`, for the end of a message; "" where nothing was logged."""
+        lines = [line for line in self.since(mark) if line]
+        if not lines:
+            return ""
+        # The first error names the cause; those after it only say who passed it on.
+        return ": " + lines[0].removesuffix(".")
+
+
+log = Log()
+
+
+@functools.cache
+def library() -> Any:
+    """Load llama.cpp and return the module of its low-level functions; the first call takes a moment.
+
+    Raises
+    ------
+    MissingPackageError
+        llama-cpp-python is not installed.
+    NativeError
+        It is installed, but its library cannot be loaded, or it is of another version.
+    """
+    try:
+        import llama_cpp
+        from llama_cpp import llama_cpp as functions
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"the Python package {error.name} is missing; install llama.cpp with: {REINSTALL}"
+        ) from error
+    except (OSError, RuntimeError, ImportError) as error:
+        raise NativeError(f"llama.cpp's library cannot be loaded ({error}); reinstall it with: {REINSTALL}") from error
+    if llama_cpp.__version__ != VERSION:
+        raise NativeError(
+            f"llama-cpp-python is {llama_cpp.__version__}, this program was made for {VERSION}; "
+            f"install that with: {REINSTALL}"
+        )
+    _silence(functions)
+    functions.llama_backend_init()
+    return functions
+
+
+def _silence(functions: Any) -> None:
+    """Put our log in place of llama-cpp-python's, which prints."""
+
+    @functions.llama_log_callback
+    def receive(level: int, text: bytes, _data: object) -> None:
+        log.add(level, text)
+
+    functions.llama_log_set(receive, None)
+    # llama.cpp keeps the pointer for as long as the process runs.
+    log.callback = receive
+
+
+def set_fields(struct: Any, **values: Any) -> None:
+    """Set fields of a ctypes struct, which would take a misspelt name without a word.
+
+    Raises
+    ------
+    NativeError
+        The struct has no such field.
+    """
+    known = {name for name, *_ in struct._fields_}
+    for name, value in values.items():
+        if name not in known:
+            raise NativeError(
+                f"llama.cpp's {type(struct).__name__} has no field {name!r}; this program was made for "
+                f"llama-cpp-python {VERSION}"
+            )
+        setattr(struct, name, value)
+
+
+def library_files() -> list[Path]:
+    """Return the native libraries of the installed llama-cpp-python, without loading them; empty where it is absent."""
+    found = importlib.util.find_spec("llama_cpp")
+    if found is None or found.origin is None:
+        return []
+    folder = Path(found.origin).parent / "lib"
+    return sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
+
+
+def build_id() -> str:
+    """Return 16 hex digits that change when llama.cpp is reinstalled: of its files' names, sizes and times."""
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in library_files()]
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def system_info() -> str:
+    """Return what llama.cpp says of the CPU features it was compiled with, e.g. "CPU : AVX512 = 1 | …"."""
+    info: bytes = library().llama_print_system_info()
+    return info.decode("utf-8", "replace").strip()
+
+
+def supports_gpu() -> bool:
+    """Tell whether this build of llama.cpp can offload layers to a GPU that is present."""
+    return bool(library().llama_supports_gpu_offload())

@@ -1,0 +1,300 @@
+"""A GGUF model, a context and a batch: one class for each native object, each native call in one place.
+
+Every buffer that llama.cpp is given a pointer to is owned by the object that made the call. Close order: samplers,
+context, model. Knows nothing of requests, threads or text that stops.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import BundleError, ClosedError, DeviceError, NativeError, UsageError
+from ..values import DevicePlan, Float32, Int32
+from .library import build_id, library, log, set_fields, supports_gpu, system_info
+
+__all__ = ["Batch", "Context", "Model", "build_id", "set_fields", "supports_gpu", "system_info"]
+
+# Reads the weights into memory of their own. Mapped pages of weights that are repacked for the CPU count twice (a 3.65
+# GB model peaks at 7.5 GB instead of 4.1), and a bundle was hashed just before, so its pages are in the file cache.
+LOAD_READ = 0
+_SENTENCEPIECE = 1
+_BOOL_OVERRIDE = 2
+_FLOAT32_TYPE = 0
+_FLASH_ATTENTION_OFF = 0
+
+
+class Model:
+    """Weights and vocabulary of one GGUF file.
+
+    Parameters
+    ----------
+    path
+        The GGUF file; only files whose hash was checked should come here.
+    gpu_layers
+        Layers to offload; -1 = all.
+
+    Raises
+    ------
+    BundleError
+        It is no GGUF file, a damaged one, or one without a SentencePiece vocabulary.
+    DeviceError
+        Layers are to be offloaded and this build of llama.cpp cannot.
+    """
+
+    def __init__(self, path: Path, gpu_layers: int = 0) -> None:
+        self._lib = library()
+        self._pointer: Any = None
+        self._contexts = 0
+        _check_header(path)
+        if gpu_layers and not supports_gpu():
+            raise DeviceError(
+                f"{gpu_layers} layers were to run on a GPU, but this llama.cpp was built without one; use the CPU "
+                "or reinstall llama-cpp-python with CUDA"
+            )
+        mark = log.mark()
+        params = self._parameters(gpu_layers)
+        self._pointer = self._lib.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._pointer:
+            raise BundleError(f"llama.cpp cannot load {path.name}{log.reason(mark)}; make the bundle anew")
+        self._vocabulary = self._lib.llama_model_get_vocab(self._pointer)
+        kind = self._lib.llama_vocab_type(self._vocabulary)
+        if kind != _SENTENCEPIECE:
+            self.close()
+            raise BundleError(f"{path.name} has a vocabulary of type {kind}; expected 1, SentencePiece")
+        self.width = int(self._lib.llama_model_n_embd(self._pointer))
+        self.trained_context = int(self._lib.llama_model_n_ctx_train(self._pointer))
+        self.vocab = int(self._lib.llama_vocab_n_tokens(self._vocabulary))
+        self.bos = int(self._lib.llama_vocab_bos(self._vocabulary))
+        self.eos = int(self._lib.llama_vocab_eos(self._vocabulary))
+        self._pieces: dict[int, bytes] = {}
+
+    def _parameters(self, gpu_layers: int) -> Any:
+        # Switched off in the vocabulary, so that llama.cpp never adds a space and `tokenize` alone decides.
+        overrides = (self._lib.llama_model_kv_override * 2)()
+        set_fields(overrides[0], tag=_BOOL_OVERRIDE, key=b"tokenizer.ggml.add_space_prefix")
+        overrides[0].value.val_bool = False
+        self._overrides = overrides
+        params = self._lib.llama_model_default_params()
+        set_fields(params, n_gpu_layers=gpu_layers, load_mode=LOAD_READ, kv_overrides=overrides)
+        return params
+
+    @property
+    def pointer(self) -> Any:
+        """The native model; `ClosedError` after `close`."""
+        if not self._pointer:
+            raise ClosedError("the language model was closed; load it again")
+        return self._pointer
+
+    def tokenize(self, text: str, *, leading_space: bool) -> Int32:
+        """Turn text into token ids (n,); text that looks like a control token stays plain characters.
+
+        Parameters
+        ----------
+        text
+            Any text; the empty text has no tokens.
+        leading_space
+            True as the slow Llama tokenizer treats a piece of its own: a space is put before it. False for a text that
+            continues another.
+        """
+        if not text:
+            return np.zeros(0, np.int32)
+        try:
+            data = (" " + text if leading_space else text).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError("the text holds half a character (a lone surrogate), which has no UTF-8 form") from error
+        _ = self.pointer
+        ids = np.empty(len(data) + 1, np.int32)
+        target = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        count = self._lib.llama_tokenize(self._vocabulary, data, len(data), target, ids.size, False, False)
+        if count < 0:
+            raise NativeError(f"llama.cpp could not tokenize {len(data)} bytes (returned {count})")
+        return ids[:count].copy()
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes that a token stands for; a control token stands for none, a byte token for part of one."""
+        known = self._pieces.get(token)
+        if known is not None:
+            return known
+        _ = self.pointer
+        if not 0 <= token < self.vocab:
+            raise NativeError(f"token id {token} lies outside the vocabulary of {self.vocab}")
+        size = 64
+        while True:
+            buffer = ctypes.create_string_buffer(size)
+            count = self._lib.llama_token_to_piece(self._vocabulary, token, buffer, size, 0, False)
+            if count >= 0:
+                break
+            size = -count
+        self._pieces[token] = buffer.raw[:count]
+        return self._pieces[token]
+
+    def close(self) -> None:
+        """Free the weights; idempotent. Every context of this model must be closed before."""
+        if self._contexts:
+            raise NativeError("a model cannot be closed before its context")
+        if self._pointer:
+            self._lib.llama_model_free(self._pointer)
+            self._pointer = None
+
+
+class Context:
+    """The KV cache and compute buffers of a model: `plan.sequences` streams of `cells` rows each."""
+
+    def __init__(self, model: Model, plan: DevicePlan, cells: int) -> None:
+        self._lib = library()
+        self.model = model
+        self.batch = max(plan.batch, plan.sequences)
+        params = self._lib.llama_context_default_params()
+        set_fields(
+            params,
+            n_ctx=cells * plan.sequences,
+            n_batch=self.batch,
+            n_ubatch=self.batch,
+            n_seq_max=plan.sequences,
+            n_threads=plan.threads,
+            n_threads_batch=plan.threads,
+            offload_kqv=plan.gpu_layers != 0,
+            op_offload=plan.gpu_layers != 0,
+            kv_unified=False,
+            no_perf=True,
+        )
+        if plan.float32_cache:
+            set_fields(params, type_k=_FLOAT32_TYPE, type_v=_FLOAT32_TYPE, flash_attn_type=_FLASH_ATTENTION_OFF)
+        mark = log.mark()
+        self._pointer = self._lib.llama_init_from_model(model.pointer, params)
+        if not self._pointer:
+            raise NativeError(
+                f"llama.cpp cannot make a context of {plan.sequences} x {cells} rows{log.reason(mark)}; "
+                "ask for a smaller context"
+            )
+        model._contexts += 1
+        self._memory = self._lib.llama_get_memory(self._pointer)
+
+    @property
+    def pointer(self) -> Any:
+        """The native context; `ClosedError` after `close`."""
+        if not self._pointer:
+            raise ClosedError("the language model's context was closed; load it again")
+        return self._pointer
+
+    def decode(self, batch: Batch) -> None:
+        """Run the model over a batch: its rows enter the cache.
+
+        Raises
+        ------
+        NativeError
+            With llama.cpp's return code. After it, cut the sequences of this batch to what they held before.
+        """
+        mark = log.mark()
+        code = self._lib.llama_decode(self.pointer, batch.struct)
+        if code != 0:
+            raise NativeError(f"llama.cpp could not decode {batch.rows} rows (returned {code}){log.reason(mark)}")
+
+    def logits(self, row: int) -> Float32:
+        """Return a copy (V,) of the logits of one row of the last batch, which was marked for output."""
+        found = self._lib.llama_get_logits_ith(self.pointer, row)
+        if not found:
+            raise NativeError(f"row {row} of the last batch has no logits")
+        values: Float32 = np.ctypeslib.as_array(found, (self.model.vocab,)).copy()
+        if not np.isfinite(values).all():
+            raise NativeError("the language model's logits are not finite: its weights or the image rows are damaged")
+        return values
+
+    def cut(self, sequence: int, rows: int) -> None:
+        """Drop a sequence's rows from position `rows` on."""
+        if not self._lib.llama_memory_seq_rm(self._memory, sequence, rows, -1):
+            raise NativeError(f"llama.cpp could not cut sequence {sequence} to {rows} rows")
+
+    def length(self, sequence: int) -> int:
+        """Return how many rows a sequence holds in the native cache."""
+        _ = self.pointer
+        return int(self._lib.llama_memory_seq_pos_max(self._memory, sequence)) + 1
+
+    def close(self) -> None:
+        """Free the cache and buffers; idempotent."""
+        if self._pointer:
+            self._lib.llama_free(self._pointer)
+            self._pointer = None
+            self.model._contexts -= 1
+
+
+class Batch:
+    """Rows of one decode call, in numpy arrays that the native struct points into; nothing to free.
+
+    One row has a token id or an embedding (one kind in a batch), a position, one sequence id, and a mark whether its
+    logits are wanted.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._tokens = np.zeros(capacity, np.int32)
+        self._positions = np.zeros(capacity, np.int32)
+        self._counts = np.ones(capacity, np.int32)
+        self._sequences = np.zeros(capacity, np.int32)
+        self._outputs = np.zeros(capacity, np.int8)
+        base = self._sequences.ctypes.data
+        self._addresses = (base + 4 * np.arange(capacity)).astype(np.uintp)
+        self._rows: Float32 | None = None
+        self.struct = library().llama_batch()
+        kinds = dict(self.struct._fields_)
+        self._token_kind, self._row_kind = kinds["token"], kinds["embd"]
+        set_fields(
+            self.struct,
+            pos=self._positions.ctypes.data_as(kinds["pos"]),
+            n_seq_id=self._counts.ctypes.data_as(kinds["n_seq_id"]),
+            seq_id=self._addresses.ctypes.data_as(kinds["seq_id"]),
+            logits=self._outputs.ctypes.data_as(kinds["logits"]),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in it."""
+        return int(self.struct.n_tokens)
+
+    def put(
+        self,
+        content: Int32 | Float32,
+        positions: npt.ArrayLike,
+        sequences: npt.ArrayLike,
+        outputs: Sequence[bool] | npt.NDArray[np.bool_] | bool,
+    ) -> None:
+        """Replace the content.
+
+        Parameters
+        ----------
+        content
+            int32 (n,) token ids, or float32 (n, E) embedding rows with the model's width.
+        positions, sequences, outputs
+            One value a row, or one for all.
+        """
+        count = len(content)
+        if count > len(self._tokens):
+            raise NativeError(f"{count} rows do not fit a batch of {len(self._tokens)}")
+        self._positions[:count] = positions
+        self._sequences[:count] = sequences
+        self._outputs[:count] = outputs
+        if content.ndim == 1:
+            self._tokens[:count] = content
+            self._rows = None
+            set_fields(self.struct, n_tokens=count, token=self._tokens.ctypes.data_as(self._token_kind), embd=None)
+        else:
+            self._rows = np.ascontiguousarray(content, np.float32)
+            set_fields(self.struct, n_tokens=count, token=None, embd=self._rows.ctypes.data_as(self._row_kind))
+
+
+def _check_header(path: Path) -> None:
+    """Refuse what is no GGUF file before the native parser sees it."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(24)
+    except OSError as error:
+        raise BundleError(f"{path.name} cannot be read: {error.strerror}") from error
+    version = int.from_bytes(head[4:8], "little")
+    if head[:4] != b"GGUF" or len(head) < 24 or version not in (2, 3):
+        raise BundleError(f"{path.name} is not a GGUF file of version 2 or 3; make the bundle anew")
