@@ -441,3 +441,12 @@ class Bundle:
     @property
     def llm(self) -> Path:
         return self.folder / "llm.gguf"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `verify` or `doctor`: what was looked at, how it stands, and a sentence about it."""
+
+    name: str
+    status: Literal["ok", "failed", "skipped"]
+    detail: str

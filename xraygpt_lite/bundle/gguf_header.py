@@ -22,7 +22,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`width`: columns of the embedding table; `vocab`: its rows; `context_length`: what it was trained for, in tokens."""
+    """`width` and `vocab`: columns and rows of the embedding table; `context_length`: tokens it was trained for."""
 
     architecture: str
     width: int
