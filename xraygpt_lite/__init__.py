@@ -4,7 +4,7 @@
     >>> with xraygpt_lite.load() as model:
     ...     print(model.summarize("radiograph.dcm").text)
 
-Importing this package loads no native library; `load` does.
+Importing this package loads no native library, not even numpy; `load` does.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from xraygpt_lite.errors import (
     UsageError,
     XrayError,
 )
-from xraygpt_lite.values import Failure, Finding, GenerationOptions, Radiograph, Sampling, Summary
 
 if TYPE_CHECKING:
     from xraygpt_lite.chat import AnswerStream, ChatSession
     from xraygpt_lite.model import XrayModel, load
+    from xraygpt_lite.values import Failure, Finding, GenerationOptions, Radiograph, Sampling, Summary
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,12 @@ __all__ = [
     "load",
 ]
 
-_LAZY = {"AnswerStream": "chat", "ChatSession": "chat", "XrayModel": "model", "load": "model"}
+# name → the module that has it; numpy waits too, so that `--help` need not pay for it
+_LAZY = {
+    **dict.fromkeys(("AnswerStream", "ChatSession"), "chat"),
+    **dict.fromkeys(("XrayModel", "load"), "model"),
+    **dict.fromkeys(("Failure", "Finding", "GenerationOptions", "Radiograph", "Sampling", "Summary"), "values"),
+}
 
 
 def __getattr__(name: str) -> Any:

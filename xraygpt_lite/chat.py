@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Self
 
 from xraygpt_lite import prompt
 from xraygpt_lite.answer import AnswerReader, clean
-from xraygpt_lite.errors import ClosedError, XrayError
+from xraygpt_lite.errors import ClosedError
 from xraygpt_lite.llm.scheduler import Engine, Generation, Slot, Stream
 from xraygpt_lite.options import resolve
 from xraygpt_lite.values import (
@@ -41,14 +42,13 @@ class Study:
 class AnswerStream(Iterator[str]):
     """Text pieces of one answer as they come; `summary` once they have all come.
 
-    Closing it early, or dropping it, cancels the generation. Pieces are the model's words before the final clean-up, save
-    that white space at the start is left out; `summary.text` is what a reader should keep.
+    Closing it early, or dropping it, cancels the generation. Pieces are the model's words before the final clean-up,
+    save that white space at the start is left out; `summary.text` is what a reader should keep.
     """
 
     def __init__(self, chat: ChatSession, stream: Stream, question: str, sampling: Sampling, turn_only: bool) -> None:
         self._chat, self._stream, self._question, self._sampling = chat, stream, question, sampling
         self._turn_only = turn_only
-        self._before = chat._slot.rows
         self._raw = ""
         self._summary: Summary | None = None
         self._ended = False
@@ -93,12 +93,15 @@ class AnswerStream(Iterator[str]):
             return
         self._ended = True
         self._stream.close()
-        self._chat._abandon(self._before, self._turn_only)
+        if self._turn_only:
+            self._chat.close()
 
-    def __enter__(self) -> AnswerStream:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -157,10 +160,12 @@ class ChatSession:
             self._closed = True
             self._slot.close()
 
-    def __enter__(self) -> ChatSession:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _ask(self, question: str | None, options: GenerationOptions | None, *, turn_only: bool) -> AnswerStream:
@@ -181,15 +186,6 @@ class ChatSession:
         answer = AnswerStream(self, stream, text, sampling, turn_only)
         self._open = answer if not turn_only else None
         return answer
-
-    def _abandon(self, rows: int, turn_only: bool) -> None:
-        if turn_only:
-            self.close()
-        elif not self._closed:
-            try:
-                self._slot.truncate(rows)
-            except XrayError:
-                self.close()
 
     def _record(self, question: str, sampling: Sampling, raw: str, generation: Generation) -> Summary:
         self._carry = generation.carry

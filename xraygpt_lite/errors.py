@@ -12,8 +12,8 @@
     ├── CancelledError           130  the caller cancelled the request
     └── ClosedError              1  the model was closed
 
-A message says what, where, the value seen, the value expected and the next step, in one sentence or two. It never carries
-a DICOM tag's value, pixel data or the text of an answer.
+A message says what, where, the value seen, the value expected and the next step, in one sentence or two. It never
+carries a DICOM tag's value, pixel data or the text of an answer.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     read → transform → encoder → projector → prompt → prefill → decode → answer → Summary
 
-`load` checks a bundle, decides where it runs and opens it; an `XrayModel` answers about one radiograph at a time or many.
-It knows every room's front door and no room's inside.
+`load` checks a bundle, decides where it runs and opens it; an `XrayModel` answers about one radiograph after another. It
+knows every room's front door and no room's inside.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 
@@ -39,9 +39,9 @@ from xraygpt_lite.values import (
     ImageTokens,
     Radiograph,
     Sampling,
+    Segment,
     Summary,
     Timings,
-    TokenSegment,
 )
 
 Image = str | os.PathLike[str] | bytes | np.ndarray | Radiograph
@@ -87,7 +87,7 @@ def open_bundle(
     context: int | None = None,
     float32_cache: bool = False,
 ) -> XrayModel:
-    """Open a bundle whose files were checked. `float32_cache` is for parity with float32 references; raises as `load`."""
+    """Open a bundle whose files were checked; raises as `load`. `float32_cache`: for parity with float32 references."""
     plan = devices.plan(
         device,
         providers=vision.available_providers(),
@@ -213,7 +213,8 @@ class XrayModel:
         asked = [(spec.question, (spec.yes, spec.no)) for spec in specs]
         scores = self._score(self.study(image).rows, asked)
         return tuple(
-            Finding(spec.name, score[spec.yes] >= 0.5, score[spec.yes]) for spec, score in zip(specs, scores, strict=True)
+            Finding(spec.name, score[spec.yes] >= 0.5, score[spec.yes])
+            for spec, score in zip(specs, scores, strict=True)
         )
 
     def study(self, image: Image) -> Study:
@@ -259,10 +260,12 @@ class XrayModel:
             self._engine.close()
             self._encoder.close()
 
-    def __enter__(self) -> XrayModel:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _open(self) -> Engine:
@@ -276,10 +279,9 @@ class XrayModel:
         _, variant = prompt.variant_of(self.bundle.manifest.prompt, None)
         results = []
         with engine.open() as slot:
-            slot.prefill(prompt.prefix(variant, rows, engine.tokenize))
             for question, choices in asked:
-                ids = _choice_ids(engine, choices)
-                sums = _sums(slot, prompt.question_part(variant, question, engine.tokenize), ids)
+                segments = prompt.build(variant, question, rows, engine.tokenize)
+                sums = _sums(slot, segments, _choice_ids(engine, choices))
                 weights = np.exp(sums - sums.max())
                 results.append(dict(zip(choices, (weights / weights.sum()).tolist(), strict=True)))
         return results
@@ -294,23 +296,24 @@ def _choice_ids(engine: Engine, choices: Sequence[str]) -> list[list[int]]:
     return ids
 
 
-def _sums(slot: Slot, question: TokenSegment, choices: list[list[int]]) -> np.ndarray:
-    """Summed log-probability of each choice after `question`; the slot is left as it was.
+def _sums(slot: Slot, segments: Sequence[Segment], choices: list[list[int]]) -> np.ndarray:
+    """Summed log-probability of each choice as the answer to a first turn; what precedes the question stays.
 
     The first trace already predicts every choice's first token, so only longer choices cost a trace of their own.
     """
-    shared = slot.rows
+    *prefix, question = segments
+    kept = sum(map(len, prefix))
     sums = np.empty(len(choices))
     first = None
     for n, choice in enumerate(choices):
         if first is not None and len(choice) == 1:
             sums[n] = first[choice[0]]
             continue
-        slot.truncate(shared)
-        logs = _log_softmax(slot.trace([question], choice).astype(np.float64))
+        if slot.rows:
+            slot.truncate(kept)
+        logs = _log_softmax(slot.trace([question] if slot.rows else segments, choice).astype(np.float64))
         first = logs[0] if first is None else first
         sums[n] = logs[np.arange(len(choice)), choice].sum()
-    slot.truncate(shared)
     return sums
 
 

@@ -29,7 +29,9 @@ def variant_of(spec: PromptSpec, name: str | None) -> tuple[str, PromptVariant]:
     """
     chosen = name or spec.default_variant
     if chosen not in spec.variants:
-        raise UsageError(f"prompt variant {chosen!r} is unknown to this bundle; it has: {', '.join(sorted(spec.variants))}")
+        raise UsageError(
+            f"prompt variant {chosen!r} is unknown to this bundle; it has: {', '.join(sorted(spec.variants))}"
+        )
     return chosen, spec.variants[chosen]
 
 
@@ -51,7 +53,9 @@ def check_question(spec: PromptSpec, question: str | None) -> str:
     folded = text.casefold()
     for marker in (*spec.refused, *spec.stops):
         if marker.casefold() in folded:
-            raise UsageError(f"the question contains {marker!r}, a turn marker of this model; rephrase it without the marker")
+            raise UsageError(
+                f"the question contains {marker!r}, a turn marker of this model; rephrase it without the marker"
+            )
     return text
 
 

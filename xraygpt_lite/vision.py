@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from xraygpt_lite.errors import BundleError, DeviceError, MissingPackageError, NativeError
-from xraygpt_lite.values import Bundle, DevicePlan, ImageTokens, Pixels
+from xraygpt_lite.values import Bundle, DevicePlan, Float32, ImageTokens, Pixels
 
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
@@ -33,13 +33,15 @@ def _runtime() -> Any:
     if len(found) > 1:
         raise MissingPackageError(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other, so CUDA is silently lost; "
-            "run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'xraygpt-lite[cpu]' or 'xraygpt-lite[cuda]'"
+            "run: pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'xraygpt-lite[cpu]' "
+            "or 'xraygpt-lite[cuda]'"
         )
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingPackageError(
-            "ONNX Runtime is not installed; run: pip install 'xraygpt-lite[cpu]' (or 'xraygpt-lite[cuda]' with an NVIDIA GPU)"
+            "ONNX Runtime is not installed; run: pip install 'xraygpt-lite[cpu]' "
+            "(or 'xraygpt-lite[cuda]' with an NVIDIA GPU)"
         ) from error
     onnxruntime.set_default_logger_severity(4)
     return onnxruntime
@@ -81,8 +83,10 @@ class Encoder:
         self._encoder = _session(bundle.vision, plan)
         self._projector = _session(bundle.projector, plan)
         self.providers: tuple[str, ...] = tuple(self._encoder.get_providers())
-        features = _check_graph(self._encoder, bundle.vision, ("pixels", (3, size, size)), ("features", (count, None)))
-        _check_graph(self._projector, bundle.projector, ("features", (None, features[-1])), ("embeddings", (None, width)))
+        features = _check_graph(self._encoder, bundle.vision, ("pixels", (3, size, size)), ("features", (None, None)))
+        _check_graph(
+            self._projector, bundle.projector, ("features", (None, features[-1])), ("embeddings", (count, width))
+        )
         if plan.providers[0] not in self.providers:
             raise DeviceError(
                 f"{plan.providers[0]} was planned and the session runs on {', '.join(self.providers)}; "
@@ -99,17 +103,35 @@ class Encoder:
         BundleError
             The result has another shape than the manifest says.
         """
-        try:
-            features = self._encoder.run(["features"], {"pixels": pixels.data})[0]
-            rows = self._projector.run(["embeddings"], {"features": features})[0]
-        except Exception as error:  # onnxruntime raises a dozen classes of its own, with no common base
-            raise NativeError(f"ONNX Runtime failed on this bundle's vision graphs: {_first_line(error)}") from error
+        rows = self._run(self._projector, "features", self.features(pixels), "embeddings")
         expected = (len(pixels.data), self._manifest.image_tokens, self._manifest.width)
         if rows.shape != expected:
-            raise BundleError(f"the vision graphs give image tokens of shape {rows.shape}; the manifest says {expected}")
+            raise BundleError(
+                f"the vision graphs give image tokens of shape {rows.shape}; the manifest says {expected}"
+            )
         if not np.isfinite(rows).all():
-            raise NativeError("the vision graphs give image tokens that are not finite numbers; run: xraygpt-lite verify")
+            raise NativeError(
+                "the vision graphs give image tokens that are not finite numbers; run: xraygpt-lite verify"
+            )
         return ImageTokens(np.ascontiguousarray(rows, np.float32))
+
+    def features(self, pixels: Pixels) -> Float32:
+        """Pixels float32 (B, 3, S, S) → the encoder's features float32 (B, M, F), which the projector takes.
+
+        Raises
+        ------
+        NativeError
+            ONNX Runtime failed.
+        """
+        return self._run(self._encoder, "pixels", pixels.data, "features")
+
+    @staticmethod
+    def _run(session: Any, source: str, data: Float32, result: str) -> Float32:
+        try:
+            rows: Float32 = session.run([result], {source: data})[0]
+        except Exception as error:  # onnxruntime raises a dozen classes of its own, with no common base
+            raise NativeError(f"ONNX Runtime failed on this bundle's vision graphs: {_first_line(error)}") from error
+        return rows
 
     def close(self) -> None:
         """Free both sessions; `encode` must not be called again."""
@@ -134,7 +156,9 @@ def _check_graph(
     for values, (name, expected) in ((session.get_inputs(), source), (session.get_outputs(), result)):
         shapes = {value.name: tuple(value.shape) for value in values}
         if list(shapes) != [name] or len(shapes[name]) != len(expected) + 1:
-            raise BundleError(f"{path.name} has {shapes}; expected one tensor {name!r} with a batch axis and {expected}")
+            raise BundleError(
+                f"{path.name} has {shapes}; expected one tensor {name!r} with a batch axis and {expected}"
+            )
         if isinstance(shapes[name][0], int):
             raise BundleError(f"{path.name}: the batch axis of {name!r} is fixed at {shapes[name][0]}; it must be free")
         for seen, wanted in zip(shapes[name][1:], expected, strict=True):

@@ -127,6 +127,20 @@ class Trace(Request):
             self.end(np.stack(self._logits[: self._wanted]))
 
 
+class Cut(Request):
+    """Forget the newest rows of a sequence."""
+
+    def __init__(self, held: Held, rows: int) -> None:
+        super().__init__(held, (), 1)
+        self._rows = rows
+
+    def advance(self, context: Context, rows: Sequence[int]) -> None:
+        """Cut the cache, and report that there are no logits."""
+        context.cut(self.held.id, self._rows)
+        self.held.rows, self.held.tail = self._rows, None
+        self.end(np.empty((0, 0), np.float32))
+
+
 class Generate(Request):
     """Tokens chosen one by one after the segments, until a stop or the limit."""
 

@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import CancelledError, ClosedError, NativeError, UsageError
 from ..values import DevicePlan, Float32, Int32, Sampling, Segment, TokenSegment
 from .core import Core
-from .requests import Generate, Generation, Reader, Request, Trace
+from .requests import Cut, Generate, Generation, Reader, Request, Trace
 from .sampling import Sampler
 from .sequence import Held, check, check_fit, count
 
@@ -182,17 +182,20 @@ class Slot:
         self._prepare([*segments, TokenSegment(given)], 0, beside=len(given))
         if not count(segments) and self._held.tail is None:
             raise UsageError("a trace without a prompt needs another trace before it")
-        request = Trace(self._held, segments, self._core.context.batch, given)
-        self._submit(request)
-        try:
-            outcome = request.events.get()
-        except BaseException:
-            _cancel(self._core, request)
-            raise
-        if isinstance(outcome, BaseException):
-            raise outcome
-        assert isinstance(outcome, np.ndarray)
-        return outcome
+        return self._wait(Trace(self._held, segments, self._core.context.batch, given))
+
+    def truncate(self, rows: int) -> None:
+        """Forget all but the first `rows` rows of the cache, e.g. to ask another question about the same image rows.
+
+        Raises
+        ------
+        UsageError
+            The cache holds fewer rows.
+        """
+        self._prepare((), 0)
+        if not 0 <= rows <= self._held.rows:
+            raise UsageError(f"cannot keep {rows} rows of a cache that holds {self._held.rows}")
+        self._wait(Cut(self._held, rows))
 
     def close(self) -> None:
         """Cancel what runs and give the sequence back; idempotent."""
@@ -211,6 +214,18 @@ class Slot:
     def _submit(self, request: Request) -> None:
         self._last[:] = [request]
         self._core.submit(request)
+
+    def _wait(self, request: Trace | Cut) -> Float32:
+        self._submit(request)
+        try:
+            outcome = request.events.get()
+        except BaseException:
+            _cancel(self._core, request)
+            raise
+        if isinstance(outcome, BaseException):
+            raise outcome
+        assert isinstance(outcome, np.ndarray)
+        return outcome
 
     def __enter__(self) -> Self:
         return self
