@@ -2,8 +2,8 @@
 
     read → transform → encoder → projector → prompt → prefill → decode → answer → Summary
 
-`load` checks a bundle, decides where it runs and opens it; an `XrayModel` answers about one radiograph after another. It
-knows every room's front door and no room's inside.
+`load` checks a bundle, decides where it runs and opens it; an `XrayModel` answers about one radiograph after another.
+It knows every room's front door and no room's inside.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from xraygpt_lite import device as devices
 from xraygpt_lite import prompt, vision
@@ -44,6 +45,7 @@ from xraygpt_lite.values import (
     Timings,
 )
 
+Float64 = npt.NDArray[np.float64]
 Image = str | os.PathLike[str] | bytes | np.ndarray | Radiograph
 """What every method takes: a path, a file's bytes, an array (H, W), or a `Radiograph` that was read before."""
 
@@ -296,7 +298,7 @@ def _choice_ids(engine: Engine, choices: Sequence[str]) -> list[list[int]]:
     return ids
 
 
-def _sums(slot: Slot, segments: Sequence[Segment], choices: list[list[int]]) -> np.ndarray:
+def _sums(slot: Slot, segments: Sequence[Segment], choices: list[list[int]]) -> Float64:
     """Summed log-probability of each choice as the answer to a first turn; what precedes the question stays.
 
     The first trace already predicts every choice's first token, so only longer choices cost a trace of their own.
@@ -317,6 +319,6 @@ def _sums(slot: Slot, segments: Sequence[Segment], choices: list[list[int]]) -> 
     return sums
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    top = logits.max(-1, keepdims=True)
-    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+def _log_softmax(logits: Float64) -> Float64:
+    shifted: Float64 = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

@@ -35,7 +35,9 @@ class Reader(Protocol):
     """
 
     stopped: bool
-    kept_bytes: int
+
+    @property
+    def kept_bytes(self) -> int: ...
 
     def feed(self, piece: bytes) -> str:
         """Take one token's bytes; return the text that may be shown now, holding back partial stops and characters."""
