@@ -216,7 +216,7 @@ def _check_tokens(model: XrayModel) -> str:
     if not distance <= test.tolerance:
         raise BundleError(
             f"the image tokens of the test picture differ by {distance:.2g} of the largest from the recorded ones; at "
-            f"most {test.tolerance:.2g} is rounding: vision.onnx or projector.onnx is another model's, or runs wrongly here"
+            f"most {test.tolerance:.2g} is rounding: vision.onnx or projector.onnx is another model's, or runs wrongly"
         )
     return f"differ by {distance:.1e} of the largest, at most {test.tolerance:.2g} is allowed"
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -90,11 +91,18 @@ def build(kind: Any, value: Any, where: str) -> Any:
     return _SCALARS[kind](value, where)
 
 
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Field name → type, in order; resolving the annotations is slow."""
+    resolved = get_type_hints(kind)
+    return {f.name: resolved[f.name] for f in fields(kind)}
+
+
 def _record(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise _refuse(where, value, "an object")
-    hints = get_type_hints(kind)
-    names = [f.name for f in fields(kind)]
+    hints = _hints(kind)
+    names = list(hints)
     if missing := [name for name in names if name not in value]:
         raise BundleError(f"{where} lacks the key {missing[0]!r}")
     if unknown := sorted(set(value) - set(names)):
