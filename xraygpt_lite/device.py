@@ -42,6 +42,7 @@ def plan(
     trained_context: int,
     threads: int | None = None,
     context: int | None = None,
+    sequences: int = 1,
 ) -> DevicePlan:
     """Decide what runs where.
 
@@ -57,6 +58,8 @@ def plan(
         Longest context that the language model was trained for.
     threads, context
         Explicit values; None chooses: one thread a core, at most 2048 cells.
+    sequences
+        Conversations and answers that may be open at once; each has a KV cache of its own.
 
     Raises
     ------
@@ -71,6 +74,8 @@ def plan(
         raise UsageError(f"threads is {threads}; it must lie between 1 and 1024")
     if context is not None and not 16 <= context <= trained_context:
         raise UsageError(f"context is {context}; this language model takes 16 to {trained_context} tokens")
+    if not 1 <= sequences <= 256:
+        raise UsageError(f"sequences is {sequences}; llama.cpp takes 1 to 256")
     vision_gpu = CUDA in providers
     if device == "cuda" and not (vision_gpu and llama_gpu):
         lacking = [
@@ -91,6 +96,7 @@ def plan(
         gpu_layers=-1 if use_llama else 0,
         threads=threads or cores(),
         context=context or min(DEFAULT_CONTEXT, trained_context),
+        sequences=sequences,
         reasons=tuple(reasons),
     )
 

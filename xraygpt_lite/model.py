@@ -56,6 +56,7 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    sequences: int = 1,
 ) -> XrayModel:
     """Check a bundle and open it.
 
@@ -67,6 +68,8 @@ def load(
         "auto", "cpu" or "cuda".
     threads, context
         None lets `device.plan` choose.
+    sequences
+        Conversations and answers that may be open at once; further ones wait for their turn.
 
     Raises
     ------
@@ -78,7 +81,7 @@ def load(
     cache = Cache(devices.cache_folder())
     checked = store.load(store.find(os.fspath(bundle) if bundle is not None else None), cache)
     selftest.check(store.find(None) / "llm.gguf", cache)
-    return open_bundle(checked, device=device, threads=threads, context=context)
+    return open_bundle(checked, device=device, threads=threads, context=context, sequences=sequences)
 
 
 def open_bundle(
@@ -87,6 +90,7 @@ def open_bundle(
     device: str = "auto",
     threads: int | None = None,
     context: int | None = None,
+    sequences: int = 1,
     float32_cache: bool = False,
 ) -> XrayModel:
     """Open a bundle whose files were checked; raises as `load`. `float32_cache`: for parity with float32 references."""
@@ -97,6 +101,7 @@ def open_bundle(
         trained_context=gguf_header.read(bundle.llm).context_length,
         threads=threads,
         context=context,
+        sequences=sequences,
     )
     return XrayModel(bundle, replace(plan, float32_cache=float32_cache))
 
