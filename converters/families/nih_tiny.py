@@ -5,9 +5,18 @@ Knows the torch modules, how their sizes are read off a checkpoint, and nothing 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from xraygpt_lite.converters.checkpoint import Checkpoint, fill
+from xraygpt_lite.converters.families import Parts, Projector, Settings
+from xraygpt_lite.converters.recognise import expect
+from xraygpt_lite.errors import ConversionError
 
 
 class SqueezeExcite(nn.Module):
@@ -36,9 +45,7 @@ class Block(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
             pool = nn.AvgPool2d(stride) if stride != 1 else nn.Identity()
-            self.shortcut = nn.Sequential(
-                pool, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(pool, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
@@ -98,12 +105,58 @@ class GridEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.towers = nn.ModuleList(Tower(widths, blocks) for _ in range(towers))
-        self.heads = nn.ModuleList(
-            nn.Linear(widths[-1], findings + auxiliary) for _ in range(towers)
-        )
+        self.heads = nn.ModuleList(nn.Linear(widths[-1], findings + auxiliary) for _ in range(towers))
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) float32 → (B, N, F) float32."""
         grey = pixels[:, :1]
         maps = [tower(grey) for tower in self.towers]
         return torch.cat(maps, 1).flatten(2).transpose(1, 2)
+
+
+def load(inputs: Mapping[str, Path], width: int, settings: Mapping[str, str]) -> Parts:
+    """Read the encoder (`vision`) and the projector (`checkpoint`) for a language model of this width.
+
+    Raises
+    ------
+    ConversionError
+        A file is of another family, or its names, shapes or values do not fit.
+    UsageError
+        Any setting: this family has none.
+    """
+    Settings(settings, ())
+    vision, checkpoint = Checkpoint(inputs["vision"]), Checkpoint(inputs["checkpoint"])
+    expect(vision, "--vision", "nih-tiny", "grid")
+    expect(checkpoint, "--checkpoint", "nih-tiny", "grid-projector")
+    widths, blocks, towers = _sizes(vision)
+    encoder = GridEncoder(widths, blocks, towers)
+    names = {name: name for name in encoder.state_dict() if not re.search(r"^heads\.|num_batches_tracked$", name)}
+    ignored = fill(encoder, vision, names, ignored=(r"^heads\.",), own=(r"^heads\.",))
+    features = towers * widths[-1]
+    shape = checkpoint.shapes["projector.weight"]
+    if shape != (width, features):
+        raise ConversionError(
+            f"'projector.weight' of {checkpoint.path} has shape {shape}; encoder and language model ask for "
+            f"{(width, features)}"
+        )
+    linear = nn.Linear(features, width)
+    unused = fill(linear, checkpoint, {"weight": "projector.weight", "bias": "projector.bias"})
+    sources = {"vision": vision, "checkpoint": checkpoint}
+    return Parts(encoder, Projector(linear, width), sources, (*ignored, *unused))
+
+
+def _sizes(source: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    """Widths and blocks of the stages, and the number of towers; each later stage begins with a projected shortcut."""
+    towers = len({name.split(".")[1] for name in source.shapes if name.startswith("towers.")})
+    widths: list[int] = []
+    blocks: list[int] = []
+    number = 0
+    while (shape := source.shapes.get(f"towers.0.stages.{number}.conv1.weight")) is not None:
+        if not widths or f"towers.0.stages.{number}.shortcut.1.weight" in source:
+            widths.append(shape[0])
+            blocks.append(0)
+        blocks[-1] += 1
+        number += 1
+    if not widths:
+        raise ConversionError(f"{source.path} lacks 'towers.0.stages.0.conv1.weight'; it is incomplete")
+    return tuple(widths), tuple(blocks), towers

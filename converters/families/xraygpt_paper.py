@@ -1,0 +1,186 @@
+"""The paper's XrayGPT (arXiv 2306.07971, eq. 1 and 2): MedCLIP's encoder, then one linear layer.
+
+Knows MedCLIP's two encoders (Swin, ResNet-50) and their tensor names, and nothing of prompts, graphs or bundles. The
+features are not normalised: the authors' linear layer takes them as the projection head gives them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import ResNetConfig, ResNetModel, ResNetPreTrainedModel, SwinConfig, SwinModel, SwinPreTrainedModel
+
+from xraygpt_lite.converters.checkpoint import Checkpoint, fill
+from xraygpt_lite.converters.families import Parts, Projector, Settings
+from xraygpt_lite.converters.recognise import expect
+from xraygpt_lite.errors import ConversionError
+
+FAMILY = "xraygpt-paper"
+SETTINGS = ("vision.num_heads",)
+IGNORED = (r"^text_model\.", r"^logit_scale$")
+ENCODER = "vision_model.model."
+HEAD = "vision_model.projection_head.weight"
+
+
+class SwinEncoder(SwinPreTrainedModel):  # type: ignore[misc]
+    """MedCLIP's Swin: the mean over the last stage's tokens, projected without bias. (B, 3, S, S) → (B, 1, F)."""
+
+    def __init__(self, config: SwinConfig, features: int) -> None:
+        super().__init__(config)
+        self.model = SwinModel(config)
+        self.head = nn.Linear(config.hidden_size, features, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pooled = self.model(pixels).pooler_output
+        return self.head(pooled).unsqueeze(1)  # type: ignore[no-any-return]
+
+
+class ResNetEncoder(ResNetPreTrainedModel):  # type: ignore[misc]
+    """MedCLIP's ResNet, whose last layer is the projection. (B, 3, S, S) → (B, 1, F)."""
+
+    def __init__(self, config: ResNetConfig, features: int) -> None:
+        super().__init__(config)
+        self.model = ResNetModel(config)
+        self.head = nn.Linear(config.hidden_sizes[-1], features, bias=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        pooled = self.model(pixels).pooler_output.flatten(1)
+        return self.head(pooled).unsqueeze(1)  # type: ignore[no-any-return]
+
+
+def load(inputs: Mapping[str, Path], width: int, settings: Mapping[str, str]) -> Parts:
+    """Read MedCLIP's file (`vision`) and the linear layer's (`checkpoint`) for a language model of this width.
+
+    Raises
+    ------
+    ConversionError
+        A file is of another family, or its names, shapes or values do not fit.
+    UsageError
+        A setting that this family does not have.
+    """
+    chosen = Settings(settings, SETTINGS)
+    vision, checkpoint = Checkpoint(inputs["vision"]), Checkpoint(inputs["checkpoint"])
+    kind = expect(vision, "--vision", FAMILY, "medclip-swin", "medclip-resnet")
+    expect(checkpoint, "--checkpoint", FAMILY, "linear")
+    heads = chosen.integers("vision.num_heads")
+    encoder, features, ignored = _swin(vision, heads) if kind == "medclip-swin" else _resnet(vision, heads)
+    projector, unused = _linear(checkpoint, features, width)
+    sources = {"vision": vision, "checkpoint": checkpoint}
+    return Parts(encoder, projector, sources, (*ignored, *unused))
+
+
+def _linear(source: Checkpoint, features: int, width: int) -> tuple[Projector, tuple[str, ...]]:
+    shape = source.shapes["llama_proj.weight"]
+    if len(shape) != 2 or shape[1] != features:
+        raise ConversionError(
+            f"'llama_proj.weight' of {source.path} has shape {shape} and the vision file gives {features} features: this "
+            "is the layer of another model (the released XrayGPT and MiniGPT-4 feed it from a Q-Former, MiniGPT-Med from "
+            f"joined patches); {FAMILY} expects (…, {features})"
+        )
+    if shape[0] % width:
+        raise ConversionError(
+            f"'llama_proj.weight' of {source.path} gives {shape[0]} values and the language model is {width} wide; "
+            "the layer belongs to a language model of another size"
+        )
+    bias = "llama_proj.bias" in source
+    linear = nn.Linear(features, shape[0], bias=bias)
+    names = {name: f"llama_proj.{name}" for name in (("weight", "bias") if bias else ("weight",))}
+    ignored = fill(linear, source, names)
+    return Projector(linear, width), ignored
+
+
+def _swin(source: Checkpoint, heads: tuple[int, ...] | None) -> tuple[nn.Module, int, tuple[str, ...]]:
+    patch = _shape(source, f"{ENCODER}embeddings.patch_embeddings.projection.weight", 4)
+    layer = f"{ENCODER}encoder.layers."
+    depths = _counts(source, re.escape(layer) + r"(\d+)\.blocks\.(\d+)\.")
+    tables = [
+        _shape(source, f"{layer}{n}.blocks.0.attention.self.relative_position_bias_table", 2)
+        for n in range(len(depths))
+    ]
+    stored = tuple(table[1] for table in tables)
+    if heads is not None and heads != stored:
+        raise ConversionError(
+            f"--set vision.num_heads={_list(heads)} contradicts {source.path}, whose tables have {_list(stored)}"
+        )
+    first = f"{layer}0.blocks.0."
+    config = SwinConfig(
+        patch_size=patch[2],
+        num_channels=patch[1],
+        embed_dim=patch[0],
+        depths=list(depths),
+        num_heads=list(stored),
+        window_size=(math.isqrt(tables[0][0]) + 1) // 2,
+        mlp_ratio=_shape(source, f"{first}intermediate.dense.weight", 2)[0] / patch[0],
+        qkv_bias=f"{first}attention.self.query.bias" in source,
+    )
+    features = _shape(source, HEAD, 2)[0]
+    encoder = SwinEncoder(config, features)
+    names = {f"model.{name}": ENCODER + name for name in encoder.model.state_dict() if not name.endswith("_index")}
+    names["head.weight"] = HEAD
+    return encoder, features, fill(encoder, source, names, ignored=IGNORED)
+
+
+def _resnet(source: Checkpoint, heads: tuple[int, ...] | None) -> tuple[nn.Module, int, tuple[str, ...]]:
+    if heads is not None:
+        raise ConversionError(f"--set vision.num_heads was given and {source.path} is a ResNet, which has no heads")
+    depths = _counts(source, re.escape(ENCODER) + r"layer(\d+)\.(\d+)\.", start=1)
+    config = ResNetConfig(
+        num_channels=_shape(source, f"{ENCODER}conv1.weight", 4)[1],
+        embedding_size=_shape(source, f"{ENCODER}conv1.weight", 4)[0],
+        hidden_sizes=[_shape(source, f"{ENCODER}layer{n}.0.conv3.weight", 4)[0] for n in range(1, len(depths) + 1)],
+        depths=list(depths),
+        layer_type="bottleneck",
+    )
+    features = _shape(source, f"{ENCODER}fc.weight", 2)[0]
+    encoder = ResNetEncoder(config, features)
+    names = {
+        f"model.{name}": ENCODER + _torchvision(name)
+        for name in encoder.model.state_dict()
+        if not name.endswith("num_batches_tracked")
+    }
+    names["head.weight"] = f"{ENCODER}fc.weight"
+    return encoder, features, fill(encoder, source, names, ignored=IGNORED)
+
+
+def _torchvision(name: str) -> str:
+    """torchvision's name of a tensor of `transformers`' ResNetModel."""
+    stem = re.fullmatch(r"embedder\.embedder\.(convolution|normalization)\.(\w+)", name)
+    if stem:
+        return f"{'conv1' if stem[1] == 'convolution' else 'bn1'}.{stem[2]}"
+    block = re.fullmatch(
+        r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(shortcut|layer\.(\d))\.(convolution|normalization)\.(\w+)", name
+    )
+    if block is None:
+        raise ConversionError(f"this version of transformers names a ResNet's tensor {name!r}, which is not known here")
+    stage, layer, _, number, part, value = block.groups()
+    where = f"layer{int(stage) + 1}.{layer}."
+    if number is None:
+        return f"{where}downsample.{'0' if part == 'convolution' else '1'}.{value}"
+    return f"{where}{'conv' if part == 'convolution' else 'bn'}{int(number) + 1}.{value}"
+
+
+def _shape(source: Checkpoint, name: str, dimensions: int) -> tuple[int, ...]:
+    shape = source.shapes.get(name)
+    if shape is None:
+        raise ConversionError(f"{source.path} lacks {name!r}; it is incomplete or of another model")
+    if len(shape) != dimensions or min(shape) < 1:
+        raise ConversionError(f"tensor {name!r} of {source.path} has shape {shape}; expected {dimensions} dimensions")
+    return shape
+
+
+def _counts(source: Checkpoint, pattern: str, start: int = 0) -> tuple[int, ...]:
+    """Blocks of each stage, from names that number stage and block."""
+    found = {(int(match[1]), int(match[2])) for name in source.shapes if (match := re.match(pattern, name))}
+    stages = max((stage for stage, _ in found), default=start - 1) + 1 - start
+    counts = tuple(sum(each == stage for each, _ in found) for stage in range(start, start + stages))
+    if not counts or min(counts) < 1:
+        raise ConversionError(f"{source.path} has no whole encoder: blocks of its stages are {counts}")
+    return counts
+
+
+def _list(values: tuple[int, ...]) -> str:
+    return ",".join(map(str, values))

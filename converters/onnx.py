@@ -1,0 +1,169 @@
+"""Torch modules → ONNX graphs with a free batch axis, and the proof that they compute the same.
+
+Networks of `transformers` go through `optimum`, which patches what cannot be traced and gathers weights above 2 GB in
+one file; plain modules go to torch's exporter directly.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from optimum.exporters.onnx import export as export_with_optimum
+from optimum.exporters.onnx.config import VisionOnnxConfig
+from optimum.utils import NormalizedVisionConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from xraygpt_lite.converters.families import Parts
+from xraygpt_lite.errors import ConversionError
+from xraygpt_lite.values import Bundle, DevicePlan, Float32, Pixels, Placement
+from xraygpt_lite.vision import Encoder
+
+OPSET = 17
+TOLERANCE = 1e-4
+"""Largest |graph - torch|, relative to the largest |torch| where that exceeds 1."""
+
+BATCHES = (1, 3)
+SEED = 20230613
+
+
+class _GraphConfig(VisionOnnxConfig):  # type: ignore[misc]
+    """One input and one output, named by the graph contract, with a free batch axis."""
+
+    NORMALIZED_CONFIG_CLASS = NormalizedVisionConfig
+
+    def __init__(self, config: Any, example: Tensor, source: str, result: str) -> None:
+        super().__init__(config, task="feature-extraction")
+        self._example, self._source, self._result = example, source, result
+
+    @property
+    def inputs(self) -> dict[str, dict[int, str]]:
+        return {self._source: {0: "batch"}}
+
+    @property
+    def outputs(self) -> dict[str, dict[int, str]]:
+        return {self._result: {0: "batch"}}
+
+    def generate_dummy_inputs(self, **_: Any) -> dict[str, Tensor]:
+        return {self._source: self._example}
+
+
+def export(module: nn.Module, example: Tensor, path: Path, source: str, result: str) -> None:
+    """Write one module's graph; `source` and `result` name its input, which `forward` names alike, and its output.
+
+    Raises
+    ------
+    ConversionError
+        The exporter failed.
+    OSError
+        The file cannot be written.
+    """
+    try:
+        with _quiet():
+            if isinstance(module, PreTrainedModel):
+                export_with_optimum(module, _GraphConfig(module.config, example, source, result), path, opset=OPSET)
+                return
+            torch.onnx.export(
+                module,
+                (example,),
+                str(path),
+                input_names=[source],
+                output_names=[result],
+                dynamic_axes={source: {0: "batch"}, result: {0: "batch"}},
+                opset_version=OPSET,
+                dynamo=False,
+            )
+    except RuntimeError as error:
+        raise ConversionError(
+            f"{path.name} could not be exported: {(str(error).splitlines() or [''])[0][:300]}"
+        ) from error
+
+
+def export_parts(parts: Parts, size: int, folder: Path) -> None:
+    """Write `vision.onnx` and `projector.onnx` into a folder, for pixels of `size` × `size`."""
+    pixels = torch.zeros(2, 3, size, size)
+    export(parts.vision, pixels, folder / "vision.onnx", "pixels", "features")
+    export(parts.projector, parts.vision(pixels), folder / "projector.onnx", "features", "embeddings")
+
+
+def shape_of_tokens(parts: Parts, size: int) -> tuple[int, int]:
+    """N and E of the embeddings that the torch modules give for one image.
+
+    Raises
+    ------
+    ConversionError
+        The network does not take images of this size.
+    """
+    try:
+        shape = parts.projector(parts.vision(torch.zeros(1, 3, size, size))).shape
+    except (RuntimeError, ValueError) as error:
+        raise ConversionError(f"the encoder does not take images of {size} x {size} pixels: {error}") from error
+    return int(shape[1]), int(shape[2])
+
+
+def agreement(parts: Parts, bundle: Bundle) -> dict[str, float]:
+    """Run the graphs beside torch on fixed inputs, one image and three together.
+
+    Returns
+    -------
+    dict
+        The largest relative differences of features and embeddings: for the manifest.
+
+    Raises
+    ------
+    ConversionError
+        One of them exceeds `TOLERANCE`.
+    """
+    worst = {"features_max_difference": 0.0, "embeddings_max_difference": 0.0}
+    encoder = Encoder(bundle, DevicePlan())
+    try:
+        for batch in BATCHES:
+            pixels = _pixels(batch, bundle.manifest.image.size)
+            features = parts.vision(torch.from_numpy(pixels.data))
+            embeddings = parts.projector(features)
+            seen = {"features": encoder.features(pixels), "embeddings": encoder.encode(pixels).data}
+            for name, expected in (("features", features.numpy()), ("embeddings", embeddings.numpy())):
+                key = f"{name}_max_difference"
+                worst[key] = max(worst[key], _difference(seen[name], expected))
+    finally:
+        encoder.close()
+    for key, value in worst.items():
+        if not value <= TOLERANCE:
+            raise ConversionError(
+                f"the exported graphs differ from torch: {key} is {value:.2e}; at most {TOLERANCE:.0e} is right"
+            )
+    return worst
+
+
+def _pixels(batch: int, size: int) -> Pixels:
+    data = np.random.default_rng(SEED + batch).normal(size=(batch, 3, size, size)).astype(np.float32)
+    return Pixels(data, (Placement((1.0, 1.0), (0.0, 0.0), (size, size)),) * batch)
+
+
+def _difference(seen: Float32, expected: Float32) -> float:
+    if seen.shape != expected.shape:
+        raise ConversionError(f"the exported graphs give shape {seen.shape}; torch gives {expected.shape}")
+    return float(np.abs(seen - expected).max() / max(1.0, float(np.abs(expected).max())))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' advice to developers off the user's terminal."""
+    loggers = [logging.getLogger(name) for name in ("optimum", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

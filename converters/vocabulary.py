@@ -1,0 +1,158 @@
+"""A SentencePiece vocabulary as llama.cpp stores it: pieces, scores, kinds, and the tokens added later.
+
+Knows `tokenizer.model` and the JSON files that add tokens to it; knows no weights. llama.cpp's `llama` tokenizer merges
+by score, which is what SentencePiece's BPE does; other kinds of model would give other ids and are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import TokenType
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+
+from xraygpt_lite.errors import ConversionError
+
+BPE = 2
+FILE = "tokenizer.model"
+ADDED_FILES = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """One entry for each row of the embedding table.
+
+    Attributes
+    ----------
+    pieces
+        UTF-8, with SentencePiece's ▁ for a space.
+    scores, kinds
+        Of each piece; kinds as in GGUF's `tokenizer.ggml.token_type`.
+    bos, eos, unknown, padding
+        Ids; padding is None where the vocabulary has none.
+    files
+        What was read.
+    """
+
+    pieces: tuple[bytes, ...]
+    scores: tuple[float, ...]
+    kinds: tuple[int, ...]
+    bos: int
+    eos: int
+    unknown: int
+    padding: int | None
+    files: tuple[Path, ...]
+
+
+def read(folder: Path, rows: int) -> Vocabulary:
+    """The vocabulary of a Hugging Face folder whose embedding table has `rows` rows.
+
+    Raises
+    ------
+    ConversionError
+        There is no `tokenizer.model`, it is no BPE model of SentencePiece or normalizes text, or it does not belong to
+        that table.
+    """
+    path = folder / FILE
+    model = _model(path)
+    size = len(model.pieces)
+    if size > rows:
+        raise ConversionError(
+            f"{path} has {size} pieces and the embedding table of {folder} only {rows} rows; "
+            "they belong to different models"
+        )
+    pieces = [piece.piece.encode() for piece in model.pieces]
+    scores = [float(piece.score) for piece in model.pieces]
+    kinds = [int(piece.type) for piece in model.pieces]
+    added, files = _added(folder)
+    for number in range(size, rows):
+        pieces.append(f"[PAD{number}]".encode())
+        scores.append(-1000.0)
+        kinds.append(int(TokenType.UNUSED))
+    for number, (text, special) in added.items():
+        if number < size and pieces[number] == text.encode():
+            continue
+        if number < size or number >= rows:
+            raise ConversionError(
+                f"{folder} adds the token {text!r} with id {number}, which is "
+                + (
+                    f"{pieces[number].decode()!r} in {FILE}"
+                    if number < size
+                    else f"beyond the {rows} rows of the embedding table"
+                )
+            )
+        pieces[number] = text.encode()
+        kinds[number] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
+    trainer = model.trainer_spec
+    padding = trainer.pad_id if 0 <= trainer.pad_id < size else None
+    return Vocabulary(
+        tuple(pieces),
+        tuple(scores),
+        tuple(kinds),
+        trainer.bos_id,
+        trainer.eos_id,
+        trainer.unk_id,
+        padding,
+        (path, *files),
+    )
+
+
+def _model(path: Path) -> Any:
+    model: Any = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except OSError as error:
+        raise ConversionError(
+            f"{path} cannot be read ({error.strerror}); the SentencePiece vocabulary is needed"
+        ) from error
+    except DecodeError as error:
+        raise ConversionError(f"{path} is not a SentencePiece model") from error
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if not model.pieces or not model.IsInitialized():
+        raise ConversionError(f"{path} holds no pieces; it is empty or damaged")
+    if trainer.model_type != BPE or not trainer.byte_fallback:
+        raise ConversionError(
+            f"{path} is not a BPE model with byte fallback; llama.cpp would split text into other tokens"
+        )
+    if (
+        normalizer.name not in ("identity", "")
+        or normalizer.precompiled_charsmap
+        or normalizer.remove_extra_whitespaces
+    ):
+        raise ConversionError(
+            f"{path} normalizes text (rule {normalizer.name!r}), which llama.cpp does not; ids would differ"
+        )
+    if not normalizer.add_dummy_prefix:
+        raise ConversionError(f"{path} puts no space before a text, as Llama's tokenizers do; ids would differ")
+    if not all(0 <= number < len(model.pieces) for number in (trainer.bos_id, trainer.eos_id, trainer.unk_id)):
+        raise ConversionError(f"{path} lacks a beginning, end or unknown token")
+    return model
+
+
+def _added(folder: Path) -> tuple[dict[int, tuple[str, bool]], list[Path]]:
+    """Id → (text, whether it is a control token) of tokens beside the model's, and the files that name them."""
+    added: dict[int, tuple[str, bool]] = {}
+    files = []
+    for path in (folder / name for name in ADDED_FILES):
+        if not path.is_file():
+            continue
+        files.append(path)
+        try:
+            data = json.loads(path.read_bytes())
+            if path.name == "added_tokens.json":
+                added |= {int(number): (str(text), False) for text, number in data.items()}
+            elif path.name == "tokenizer_config.json":
+                entries = data.get("added_tokens_decoder", {})
+                added |= {
+                    int(key): (str(entry["content"]), bool(entry.get("special"))) for key, entry in entries.items()
+                }
+            else:
+                entries = data.get("added_tokens", [])
+                added |= {int(entry["id"]): (str(entry["content"]), bool(entry.get("special"))) for entry in entries}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConversionError(f"{path} is not a tokenizer's JSON file: {error!r}") from error
+    return added, files
