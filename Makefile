@@ -30,8 +30,9 @@ lint: .venv/.dev
 # installed layout, made of links.
 types: .venv/.dev
 	rm -rf build/types
-	mkdir -p build/types/xraygpt_lite
-	ln -s "$(CURDIR)"/xraygpt_lite/* "$(CURDIR)/converters" "$(CURDIR)/models" build/types/xraygpt_lite
+	mkdir -p build/types/xraygpt_lite/models
+	ln -s "$(CURDIR)"/xraygpt_lite/* "$(CURDIR)/converters" build/types/xraygpt_lite
+	ln -s "$(CURDIR)"/models/*.py build/types/xraygpt_lite/models
 	ln -s "$(CURDIR)/benchmarks" "$(CURDIR)/tools" build/types
 	cd build/types && "$(CURDIR)/$(BIN)/mypy" --config-file "$(CURDIR)/pyproject.toml" --cache-dir "$(CURDIR)/.mypy_cache" \
 		-p xraygpt_lite -p benchmarks -p tools

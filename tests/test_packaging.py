@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -35,15 +36,25 @@ def pins() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-@pytest.fixture(scope="module")
-def native() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("native_build", ROOT / "tools" / "native.py")
+def tool(name: str) -> ModuleType:
+    """A script of tools/, imported."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def native() -> ModuleType:
+    return tool("native")
+
+
+@pytest.fixture(scope="module")
+def check_wheel() -> ModuleType:
+    return tool("check_wheel")
 
 
 class TestPyproject:
@@ -292,6 +303,94 @@ class TestNativeBuild:
         monkeypatch.setattr(native.sys, "prefix", native.sys.base_prefix)
         with pytest.raises(native.BuildError, match="not in a virtual environment"):
             native.install(Path("llama.whl"), "one")
+
+
+class TestWheelCheck:
+    INFO = "xraygpt_lite-0.1.0.dist-info"
+
+    @pytest.fixture
+    def tree(self, tmp_path: Path, check_wheel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+        """A small checkout, and the files of the wheel that would be right for it."""
+        bundle = tmp_path / "models" / "tiny" / "bundle"
+        bundle.mkdir(parents=True)
+        (bundle / "llm.gguf").write_bytes(b"weights")
+        monkeypatch.setattr(check_wheel, "ROOT", tmp_path)
+        inside = ("py.typed", "converters/__init__.py", "models/__init__.py", "models/tiny/bundle/llm.gguf")
+        metadata = "Metadata-Version: 2.4\nName: xraygpt-lite\nLicense-Expression: Apache-2.0\nLicense-File: LICENSE\n"
+        return {
+            **{f"xraygpt_lite/{name}": "" for name in inside},
+            f"{self.INFO}/METADATA": metadata,
+            f"{self.INFO}/licenses/LICENSE": "Apache License",
+        }
+
+    def check(self, check_wheel: ModuleType, folder: Path, files: dict[str, str]) -> None:
+        wheel = folder / "xraygpt_lite-0.1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+        check_wheel.check_contents(wheel)
+
+    def test_a_right_wheel_passes(self, check_wheel: ModuleType, tmp_path: Path, tree: dict[str, str]) -> None:
+        self.check(check_wheel, tmp_path, tree)
+
+    @pytest.mark.parametrize(
+        ("added", "message"),
+        [
+            ("converters/__init__.py", "installs .*'converters'"),
+            ("xraygpt_lite/tests/test_a.py", "files of the repository"),
+            ("xraygpt_lite/models/tiny/train/data.py", "files of the repository"),
+        ],
+    )
+    def test_what_does_not_belong_is_found(
+        self, check_wheel: ModuleType, tmp_path: Path, tree: dict[str, str], added: str, message: str
+    ) -> None:
+        with pytest.raises(check_wheel.CheckError, match=message):
+            self.check(check_wheel, tmp_path, {**tree, added: ""})
+
+    @pytest.mark.parametrize(
+        ("removed", "message"),
+        [
+            ("xraygpt_lite/models/tiny/bundle/llm.gguf", "lacks .*llm.gguf"),
+            ("xraygpt_lite/py.typed", "lacks .*py.typed"),
+            (f"{INFO}/licenses/LICENSE", "does not carry LICENSE"),
+        ],
+    )
+    def test_what_is_missing_is_found(
+        self, check_wheel: ModuleType, tmp_path: Path, tree: dict[str, str], removed: str, message: str
+    ) -> None:
+        del tree[removed]
+        with pytest.raises(check_wheel.CheckError, match=message):
+            self.check(check_wheel, tmp_path, tree)
+
+    def test_another_licence_is_found(self, check_wheel: ModuleType, tmp_path: Path, tree: dict[str, str]) -> None:
+        tree[f"{self.INFO}/METADATA"] = "Metadata-Version: 2.4\nLicense-Expression: MIT\nLicense-File: LICENSE\n"
+        with pytest.raises(check_wheel.CheckError, match=r"License-Expression is MIT, expected Apache-2\.0"):
+            self.check(check_wheel, tmp_path, tree)
+
+    @pytest.mark.parametrize(
+        ("stated", "gpl"),
+        [
+            ("GPL-3.0-or-later", True),
+            ("License :: OSI Approved :: GNU General Public License v3 (GPLv3)", True),
+            ("AGPL-3.0-only", True),
+            ("License :: OSI Approved :: GNU Affero General Public License v3", True),
+            ("LGPL-2.1-or-later", False),
+            ("License :: OSI Approved :: GNU Lesser General Public License v3 (LGPLv3)", False),
+            ("MIT | License :: OSI Approved :: MIT License", False),
+        ],
+    )
+    def test_the_gpl_is_recognised(self, check_wheel: ModuleType, stated: str, gpl: bool) -> None:
+        assert check_wheel.is_gpl(stated) is gpl
+
+    def test_nothing_leads_back_to_the_checkout(
+        self, check_wheel: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        monkeypatch.setenv("XRAYGPT_LITE_BUNDLE", "mine")
+        environment = check_wheel.clean_environment(tmp_path)
+        assert "PYTHONPATH" not in environment
+        assert "XRAYGPT_LITE_BUNDLE" not in environment
+        assert environment["XRAYGPT_LITE_CACHE"].startswith(str(tmp_path))
 
 
 class TestContinuousIntegration:

@@ -98,13 +98,19 @@ def check_licence(metadata: email.message.Message, has_text: bool) -> None:
     expect(metadata.get_all("License-File") == ["LICENSE"] and has_text, "the wheel does not carry LICENSE")
 
 
+def is_gpl(stated: str) -> bool:
+    """The GPL or AGPL; the LGPL is another licence."""
+    return re.search(r"(?<!L)GPL|(?<!Lesser )General Public License|Affero", stated) is not None
+
+
 def check_installed(python: Path, cwd: Path, environment: Mapping[str, str]) -> int:
     """No installed package is under the GPL or AGPL; returns how many were looked at."""
     installed = json.loads(run([python, "-c", INVENTORY], cwd=cwd, environment=environment))
     for found in installed:
         stated = " | ".join(filter(None, found["licence"]))
-        gpl = re.search(r"(?<!L)GPL|(?<!Lesser )General Public License|Affero", stated)
-        expect(gpl is None, f"{found['name']} is under {stated}: nothing under the GPL may be in the default install")
+        expect(
+            not is_gpl(stated), f"{found['name']} is under {stated}: the default install may hold nothing under the GPL"
+        )
     names = {found["name"].lower().replace("_", "-") for found in installed}
     expect("pylibjpeg-libjpeg" not in names, "pylibjpeg-libjpeg (GPL-3) came in")
     expect("torch" not in names, "torch came in: the runtime never needs it")
@@ -125,6 +131,7 @@ def check_program(program: Path, cwd: Path, environment: Mapping[str, str]) -> N
 
 def build_wheel(environment: Mapping[str, str]) -> Path:
     """The wheel, from the checkout's files, in WORK."""
+    shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)  # setuptools would pack what an earlier build left there
     run([sys.executable, "-m", "build", "--wheel", "--outdir", WORK, ROOT], cwd=WORK, environment=environment)
     wheels = list(WORK.glob("*.whl"))
     expect(len(wheels) == 1, f"{len(wheels)} wheels were built, expected one")
@@ -149,7 +156,7 @@ def main() -> int:
             say(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, contents and licence as they should be")
             run([sys.executable, "-m", "venv", WORK / "venv"], cwd=elsewhere, environment=environment)
             binaries = WORK / "venv" / ("Scripts" if os.name == "nt" else "bin")
-            pip = [binaries / "python", "-m", "pip", "install", "-qq", "-c", ROOT / "constraints.txt"]
+            pip: list[str | Path] = [binaries / "python", "-m", "pip", "install", "-qq", "-c", ROOT / "constraints.txt"]
             run([*pip, native, f"{wheel}[cpu]"], cwd=elsewhere, environment=environment)
             count = check_installed(binaries / "python", elsewhere, environment)
             say(f"installed in an empty environment: {count} packages, none under the GPL")
