@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,3 +17,35 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("needs ../shared, which is absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def made_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle that runs; its self-test is a stand-in. Not to be changed."""
+    import tiny_bundle
+
+    return tiny_bundle.make(tmp_path_factory.mktemp("bundle") / "tiny")
+
+
+@pytest.fixture
+def bundle_copy(made_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of `made_bundle` that a test may spoil."""
+    return Path(shutil.copytree(made_bundle, tmp_path / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def recorded_bundle(made_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`made_bundle` with the self-test that this machine recorded; not to be changed."""
+    import tiny_bundle
+
+    folder = Path(shutil.copytree(made_bundle, tmp_path_factory.mktemp("recorded") / "tiny"))
+    tiny_bundle.record(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small checkpoints in the layouts of the paper's model, with expected values; see `make_checkpoints`."""
+    import make_checkpoints
+
+    return make_checkpoints.make(tmp_path_factory.mktemp("checkpoints"))

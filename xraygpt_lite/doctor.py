@@ -1,0 +1,148 @@
+"""What is installed here and whether it runs: facts for a person or a bug report, one `Check` each.
+
+It changes nothing, prints nothing and reads no image. llama.cpp, which could crash this process, is tried in a child
+first.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from xraygpt_lite import device, vision
+from xraygpt_lite.bundle import store
+from xraygpt_lite.cache import Cache
+from xraygpt_lite.errors import MissingPackageError, XrayError
+from xraygpt_lite.llm import native, selftest
+from xraygpt_lite.values import Check
+
+_PACKAGES = ("numpy", "pillow", "pydicom", "click", "platformdirs")
+_FEATURES = ("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8",
+             "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "bf16")  # fmt: skip
+
+
+def run() -> list[Check]:
+    """Gather the facts.
+
+    Returns
+    -------
+    list of Check
+        "failed" means that no radiograph can be summarized before it is mended, and the detail says how; "skipped" that
+        something optional is absent, or cannot be found out because of an earlier failure.
+    """
+    cache = Cache(device.cache_folder())
+    checks = [
+        _check("program", _program),
+        _check("packages", _packages),
+        _check("CPU", _cpu),
+        _check("onnxruntime", _onnxruntime),
+        _check("llama-cpp-python", _llama),
+        _check("default bundle", lambda: _default_bundle(cache)),
+    ]
+    checks.append(_after(checks, ("llama-cpp-python", "default bundle"), "llama.cpp self-test", _selftest))
+    checks.append(_after(checks, ("llama.cpp self-test",), "llama.cpp build", native.system_info))
+    checks.append(_after(checks, ("onnxruntime", "llama.cpp self-test"), "GPU", _gpu))
+    checks.append(_cache_folder(cache))
+    checks.append(Check("installed bundles", "ok", _bundles()))
+    return checks
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """Which vector features that matter here the CPU has; empty where the system does not list them in this file."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ()
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            present = set(value.split())
+            return tuple(name for name in _FEATURES if name in present)
+    return ()
+
+
+def _check(name: str, step: Callable[[], str]) -> Check:
+    try:
+        return Check(name, "ok", step())
+    except XrayError as error:
+        return Check(name, "failed", str(error))
+
+
+def _after(checks: list[Check], needed: tuple[str, ...], name: str, step: Callable[[], str]) -> Check:
+    """A step that opens native libraries, which have to be there and to be known not to crash."""
+    for check in checks:
+        if check.name in needed and check.status != "ok":
+            return Check(name, "skipped", f"not reached: {check.name} is {check.status}")
+    return _check(name, step)
+
+
+def _program() -> str:
+    python = f"Python {platform.python_version()} ({sys.executable})"
+    return f"xraygpt-lite {metadata.version('xraygpt-lite')}, {python}, {platform.platform()}"
+
+
+def _packages() -> str:
+    return ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError as error:
+        raise MissingPackageError(f"the package {name} is absent; run: pip install xraygpt-lite") from error
+
+
+def _cpu() -> str:
+    features = " ".join(cpu_features()) or "features unknown on this system"
+    return f"{selftest.cpu_id()}, {device.cores()} of {os.cpu_count()} cores for this process; {features}"
+
+
+def _onnxruntime() -> str:
+    providers = ", ".join(vision.available_providers())
+    name, version = next(iter(vision.installed_runtimes().items()), ("onnxruntime", "of an unknown distribution"))
+    return f"{name} {version}: {providers}"
+
+
+def _llama() -> str:
+    return f"{_version('llama-cpp-python')}, build {native.build_id()}"
+
+
+def _default_bundle(cache: Cache) -> str:
+    bundle = store.load(store.find(None), cache)
+    return f"{bundle.manifest.name}, id {bundle.id[:12]}, all files as listed"
+
+
+def _selftest() -> str:
+    selftest.check(store.find(None) / "llm.gguf", Cache(None))
+    return "a child process prefilled and decoded without a crash"
+
+
+def _gpu() -> str:
+    vision_gpu = device.CUDA in vision.available_providers()
+    llama_gpu = native.supports_gpu()
+    return (
+        f"vision {'can' if vision_gpu else 'cannot'} use CUDA, llama.cpp {'can' if llama_gpu else 'cannot'} use a GPU; "
+        f"NVIDIA driver: {_nvidia_driver()}"
+    )
+
+
+def _nvidia_driver(path: Path = Path("/proc/driver/nvidia/version")) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()[0].removeprefix("NVRM version: ").strip()
+    except (OSError, IndexError):
+        return "none found"
+
+
+def _cache_folder(cache: Cache) -> Check:
+    if cache.writable():
+        return Check("cache folder", "ok", str(cache.folder))
+    return Check("cache folder", "skipped", f"{cache.folder} cannot be written; nothing is remembered between runs")
+
+
+def _bundles() -> str:
+    found = ", ".join(f"{item.name} ({item.origin})" for item in store.installed()) or "none"
+    return f"{found}; yours are kept in {store.user_folder()}"
