@@ -6,18 +6,7 @@ import math
 from dataclasses import asdict, replace
 
 from xraygpt_lite.errors import UsageError
-from xraygpt_lite.values import GenerationOptions, Manifest, Sampling
-
-_RANGES: dict[str, tuple[float, float]] = {
-    "max_tokens": (1, 100_000),
-    "min_tokens": (0, 100_000),
-    "temperature": (0, 10),
-    "top_p": (0, 1),
-    "top_k": (0, 1_000_000),
-    "repeat_penalty": (0.01, 10),
-    "penalty_last_n": (-1, 1_000_000),
-    "seed": (0, 2**32 - 2),
-}
+from xraygpt_lite.values import OPTION_RANGES, GenerationOptions, Manifest, Sampling
 
 
 def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
@@ -38,7 +27,7 @@ def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
             raise UsageError(f"preset {given.preset!r} is unknown to bundle {manifest.name!r}; it has: {known}")
         chosen = replace(_over(chosen, manifest.presets[given.preset]), preset=given.preset)
     chosen = _over(chosen, given)
-    for name, (low, high) in _RANGES.items():
+    for name, (low, high) in OPTION_RANGES.items():
         value = getattr(chosen, name)
         if not (math.isfinite(value) and low <= value <= high):
             raise UsageError(f"{name} is {value}; it must lie between {low} and {high}")

@@ -222,6 +222,19 @@ class GenerationOptions:
     stops: tuple[str, ...] | None = None
 
 
+OPTION_RANGES: Mapping[str, tuple[float, float]] = {
+    "max_tokens": (1, 100_000),
+    "min_tokens": (0, 100_000),
+    "temperature": (0, 10),
+    "top_p": (0, 1),
+    "top_k": (0, 1_000_000),
+    "repeat_penalty": (0.01, 10),
+    "penalty_last_n": (-1, 1_000_000),
+    "seed": (0, 2**32 - 2),
+}
+"""Smallest and largest value of each number in `GenerationOptions` and `Sampling`."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """`GenerationOptions` with every value decided; what the language model is given and a record reports."""

@@ -41,7 +41,7 @@ def read(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             return _read(view)
-    except (OSError, ValueError, struct.error) as error:  # mmap: ValueError for an empty file
+    except (OSError, ValueError, OverflowError, struct.error) as error:  # mmap: ValueError for an empty file
         raise BundleError(f"{path.name} is not a readable GGUF file: {error}; convert the model again") from error
 
 
@@ -119,8 +119,10 @@ class _Cursor:
             return self.number(_code(kind))
         inner, length = self.number("I"), self.count()
         if inner == _STRING:
+            unpack, at = struct.Struct("<Q").unpack_from, self.at  # a vocabulary has 10**5 of them: the short way
             for _ in range(length):
-                self.skip(int(self.number("Q")))
+                at += 8 + unpack(self.view, at)[0]
+            self.skip(at - self.at)
         else:
             self.skip(length * struct.calcsize("<" + _code(inner)))
         return length

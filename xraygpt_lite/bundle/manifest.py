@@ -7,13 +7,14 @@ truth about them is for `store`, `vision` and `verify` to find out.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from xraygpt_lite.bundle import typed_json
 from xraygpt_lite.errors import BundleError
-from xraygpt_lite.values import GenerationOptions, Manifest, PromptSpec, Sampling
+from xraygpt_lite.values import OPTION_RANGES, GenerationOptions, Manifest, PromptSpec, Sampling
 
 SCHEMA = 1
 FILE_NAME = "bundle.json"
@@ -171,17 +172,13 @@ def _prompt_problems(p: PromptSpec) -> Iterator[_Problem]:
             yield f"prompt.findings[{i}]", "needs a name, a question and two different answers"
 
 
-_LIMITS: dict[str, tuple[float, float]] = {
-    "max_tokens": (1, 2**20), "min_tokens": (0, 2**20), "temperature": (0, 100), "top_p": (1e-9, 1),
-    "top_k": (0, 2**31 - 1), "repeat_penalty": (1e-3, 100), "penalty_last_n": (-1, 2**20), "seed": (0, 2**32 - 1),
-}  # fmt: skip
-
-
 def _option_problems(where: str, options: Sampling | GenerationOptions) -> Iterator[_Problem]:
-    for name, (low, high) in _LIMITS.items():
+    for name, (low, high) in OPTION_RANGES.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             yield f"{where}.{name}", f"is {value}; expected {low} to {high}"
+    if (options.min_tokens or 0) > (options.max_tokens or math.inf):
+        yield f"{where}.min_tokens", f"is {options.min_tokens}, more than max_tokens, {options.max_tokens}"
     if "" in (options.stops or ()):
         yield f"{where}.stops", "holds an empty string, which every text contains"
 

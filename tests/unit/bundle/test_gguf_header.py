@@ -36,6 +36,9 @@ def test_reads_a_real_file(good: Path) -> None:
         (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "items are announced"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "items are announced"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63) + b"x", "file ends before"),
+        (b"GGUF" + struct.pack("<IQQQcIIQQQ", 3, 0, 1, 1, b"k", 9, 8, 2, 2**64 - 1, 0), "too large"),
+        (b"GGUF" + struct.pack("<IQQQcIIQQ", 3, 0, 1, 1, b"k", 9, 8, 1, 99), "file ends before"),
+        (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 0, 1, 1, b"k", 9, 9, 1), "value type 9 is unknown"),
     ],
 )
 def test_refuses(tmp_path: Path, data: bytes, message: str) -> None:
