@@ -22,6 +22,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    RLELossless,
 )
 
 from xraygpt_lite.errors import ImageError
@@ -57,7 +58,7 @@ def decode(data: bytes, source: str) -> tuple[Float32, tuple[str, ...], str | No
     ImageError
         Not a whole, unencrypted, single-channel radiograph in a transfer syntax that can be decoded.
     """
-    if DeflatedExplicitVRLittleEndian.encode() + b"\0" in data[:1024]:
+    if DeflatedExplicitVRLittleEndian.encode() in data[:1024]:
         raise ImageError(f"{source}: the DICOM file is deflated, which is not read. Convert it with `gdcmconv --raw`.")
     with silence():
         try:
@@ -146,7 +147,8 @@ def _decode_pixels(ds: Dataset, source: str) -> npt.NDArray[np.integer[Any]]:
             f"{source}: the DICOM file's compression (transfer syntax) is unknown. Convert it with `gdcmconv --raw`."
         ) from None
     if UID(str(syntax)).is_encapsulated:
-        _check_codestream(ds, source)
+        if syntax != RLELossless:  # whose output is bounded by the header's size, and whose bytes may look like JPEG
+            _check_codestream(ds, source)
         plugins = [p for p in _DECODERS if p in decoder.available_plugins]
     else:
         plugins = [""]
@@ -165,7 +167,7 @@ def _check_codestream(ds: Dataset, source: str) -> None:
     data = bytes(ds.PixelData)
     start = min((i for i in (data.find(b"\xff\xd8\xff"), data.find(b"\xff\x4f\xff\x51")) if i >= 0), default=-1)
     if start < 0:
-        return  # RLE: its output is bounded by the header's size
+        raise ValueError("no compressed image")
     if data[start + 1] == 0x4F:  # JPEG 2000: SIZ has Xsiz, Ysiz, XOsiz, YOsiz
         x, y, left, top = (int.from_bytes(data[i : i + 4], "big") for i in range(start + 8, start + 24, 4))
         width, height = x - left, y - top

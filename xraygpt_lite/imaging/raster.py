@@ -6,10 +6,12 @@ luma (ITU-R 601) with a warning, of several pages the first is read.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, _imaging
 
 from xraygpt_lite.errors import ImageError
 from xraygpt_lite.imaging.guard import check_size, silence, to_unit
@@ -31,6 +33,8 @@ def decode(data: bytes, source: str) -> tuple[Float32, tuple[str, ...]]:
     ImageError
         Damaged data, too many pixels, or pixels that are neither 8 nor unsigned 16 bit.
     """
+    if not data.startswith((b"\x89", b"\xff")):
+        _hush_libtiff()
     with silence():
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -45,6 +49,19 @@ def decode(data: bytes, source: str) -> tuple[Float32, tuple[str, ...]]:
                 f"{source}: the image data are damaged or incomplete ({type(error).__name__}); expected a whole PNG, "
                 "JPEG or TIFF. Export or copy it again."
             ) from None
+
+
+@functools.cache
+def _hush_libtiff() -> None:
+    """Stop libtiff from writing about damaged files to stderr; Pillow reports them as errors all the same.
+
+    Pillow has no switch for it. Where libtiff's own is not exported, damaged files stay noisy.
+    """
+    library = ctypes.CDLL(_imaging.__file__)
+    switch = getattr(library, "TIFFSetErrorHandler", None)
+    if switch is not None:
+        switch.argtypes, switch.restype = [ctypes.c_void_p], ctypes.c_void_p
+        switch(None)
 
 
 def _grey(image: Image.Image, source: str) -> tuple[Float32, tuple[str, ...]]:
