@@ -326,4 +326,5 @@ def _sums(slot: Slot, segments: Sequence[Segment], choices: list[list[int]]) -> 
 
 def _log_softmax(logits: Float64) -> Float64:
     shifted: Float64 = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    logs: Float64 = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return logs
