@@ -401,3 +401,36 @@ class TestContinuousIntegration:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert set(steps) <= set(targets)
         assert script.stat().st_mode & 0o111
+
+
+class TestDocumentation:
+    """What users copy from the pages into a shell."""
+
+    PAGES = ("README.md", "docs/install.md")
+
+    @pytest.mark.parametrize("page", PAGES)
+    def test_requirements_can_be_installed_as_written(self, page: str, project: dict[str, Any]) -> None:
+        extras = set(project["project"]["optional-dependencies"])
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for written in re.findall(r'"(xraygpt-lite\b[^"]*|\.\[[^"]*|onnxruntime[^"]*)"', text):
+            requirement = Requirement(written.replace(".[", "xraygpt-lite[", 1) if written[0] == "." else written)
+            assert requirement.extras <= extras, written
+
+    @pytest.mark.parametrize("page", [*PAGES, "xraygpt_lite/llm/library.py"])
+    def test_pins_are_the_tested_ones(self, page: str, pins: dict[str, str]) -> None:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name, version in re.findall(r"\b(torch|llama-cpp-python|onnxruntime)==([\d.]*\d)", text):
+            assert version == pins[name], f"{page}: {name}=={version}"
+
+    @pytest.mark.parametrize("page", PAGES)
+    def test_links_lead_somewhere(self, page: str) -> None:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        folder = (ROOT / page).parent
+        links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+        assert [link for link in links if link and not (folder / link).exists()] == []
+
+    def test_anchors_exist(self) -> None:
+        text = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+        titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+        assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= anchors
