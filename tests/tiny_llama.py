@@ -16,10 +16,11 @@ import sentencepiece
 
 WIDTH, LAYERS, HEADS, FEED_FORWARD, TRAINED_CONTEXT = 256, 2, 4, 512, 512
 
-WORDS = (
-    "the chest x-ray shows no pleural effusion pneumothorax mild cardiomegaly lungs are clear heart size is normal "
-    "findings impression right left lower lobe opacity consolidation oedema atelectasis ###Patient: ###Doctor: <Img>"
-).split()
+TEXT = (
+    "the chest x-ray shows no pleural effusion pneumothorax mild cardiomegaly lungs are clear heart size is "
+    "normal findings impression right left lower lobe opacity consolidation oedema atelectasis ###Patient: "
+    "###Doctor: <Img> "
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Tiny:
 def train_vocabulary(size: int = 384) -> bytes:
     """Train a SentencePiece BPE model with byte fallback, as Llama's is, on seeded nonsense."""
     rng = np.random.default_rng(5)
-    sentences = [" ".join(rng.choice(WORDS, 12)) + "." for _ in range(200)]
+    sentences = [" ".join(rng.choice(TEXT.split(), 12)) + "." for _ in range(200)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
@@ -50,9 +51,9 @@ def train_vocabulary(size: int = 384) -> bytes:
     return model.getvalue()
 
 
-def make(folder: Path, *, width: int = WIDTH, seed: int = 3) -> Tiny:
+def make(folder: Path, *, width: int = WIDTH, seed: int = 3, vocabulary: bytes | None = None) -> Tiny:
     """Write `tiny.gguf` (float32) into the folder."""
-    vocabulary = train_vocabulary()
+    vocabulary = vocabulary or train_vocabulary()
     processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
     path = folder / "tiny.gguf"
     writer = gguf.GGUFWriter(path, "llama")
@@ -80,8 +81,13 @@ def _add_vocabulary(writer: gguf.GGUFWriter, processor: sentencepiece.SentencePi
     size = processor.get_piece_size()
     kinds = gguf.TokenType
     types = [
-        kinds.UNKNOWN if processor.is_unknown(i) else kinds.CONTROL if processor.is_control(i)
-        else kinds.BYTE if processor.is_byte(i) else kinds.NORMAL
+        kinds.UNKNOWN
+        if processor.is_unknown(i)
+        else kinds.CONTROL
+        if processor.is_control(i)
+        else kinds.BYTE
+        if processor.is_byte(i)
+        else kinds.NORMAL
         for i in range(size)
     ]
     writer.add_tokenizer_model("llama")

@@ -168,9 +168,7 @@ class Core:
         held, chunk = request.held, request.chunks[0]
         rows = len(chunk.content)
         first_output = rows - chunk.outputs
-        self._batch.put(
-            chunk.content, np.arange(held.rows, held.rows + rows), held.id, np.arange(rows) >= first_output
-        )
+        self._batch.put(chunk.content, np.arange(held.rows, held.rows + rows), held.id, np.arange(rows) >= first_output)
         if self._decode([request]):
             held.rows += rows
             request.chunks.popleft()

@@ -21,7 +21,7 @@ REINSTALL = (
     'CMAKE_ARGS="-DLLAVA_BUILD=OFF" CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-cache-dir '
     f"--no-binary llama-cpp-python llama-cpp-python=={VERSION}"
 )
-WARNING, ERROR, CONTINUED = 2, 3, 5
+WARNING, ERROR, CONTINUED = 3, 4, 5
 _KEPT_LINES = 2000
 
 
@@ -39,7 +39,7 @@ class Log:
         """Take one message; one that follows an unfinished line is joined to it."""
         decoded = text.decode("utf-8", "replace")
         with self._lock:
-            if self._lines and (self._open or level == CONTINUED):
+            if self._lines and (level == CONTINUED or (self._open and level == self._lines[-1][1])):
                 number, first, line = self._lines.pop()
                 self._lines.append((number, first, line + decoded.rstrip("\n")))
             else:
@@ -102,13 +102,12 @@ def library() -> Any:
 def _silence(functions: Any) -> None:
     """Put our log in place of llama-cpp-python's, which prints."""
 
-    @functions.llama_log_callback
     def receive(level: int, text: bytes, _data: object) -> None:
         log.add(level, text)
 
-    functions.llama_log_set(receive, None)
     # llama.cpp keeps the pointer for as long as the process runs.
-    log.callback = receive
+    log.callback = functions.llama_log_callback(receive)
+    functions.llama_log_set(log.callback, None)
 
 
 def set_fields(struct: Any, **values: Any) -> None:

@@ -99,8 +99,9 @@ class Request:
     def end(self, outcome: Outcome) -> None:
         """Tell the caller how it ended."""
         self.close()
-        self.events.put(outcome)
+        # First: who has read the outcome may use the slot again at once.
         self.done.set()
+        self.events.put(outcome)
 
     def close(self) -> None:
         """Free what is native."""
@@ -138,6 +139,7 @@ class Cut(Request):
 
     def advance(self, context: Context, rows: Sequence[int]) -> None:
         """Cut the cache, and report that there are no logits."""
+        del rows  # nothing was decoded
         context.cut(self.held.id, self._rows)
         self.held.rows, self.held.tail = self._rows, None
         self.end(np.empty((0, 0), np.float32))

@@ -1,0 +1,231 @@
+"""One test a native call, and what happens to files that are no models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from xraygpt_lite.errors import BundleError, ClosedError, DeviceError, NativeError, UsageError
+from xraygpt_lite.llm import native
+from xraygpt_lite.llm.library import ERROR, WARNING, Log, library, set_fields
+from xraygpt_lite.values import DevicePlan
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Any) -> Iterator[native.Model]:
+    model = native.Model(tiny.gguf)
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def context(model: native.Model, plan: DevicePlan) -> Iterator[native.Context]:
+    context = native.Context(model, plan, 512)
+    yield context
+    context.close()
+
+
+def put(batch: native.Batch, ids: list[int], start: int = 0, sequence: int = 0, outputs: Any = True) -> native.Batch:
+    batch.put(np.array(ids, np.int32), np.arange(start, start + len(ids)), sequence, outputs)
+    return batch
+
+
+def test_facts(model: native.Model, tiny_llama: Any) -> None:
+    assert (model.width, model.bos, model.eos) == (tiny_llama.WIDTH, 1, 2)
+    assert model.trained_context == tiny_llama.TRAINED_CONTEXT
+    assert model.vocab > 256
+
+
+def test_a_misspelt_field_is_refused() -> None:
+    params = library().llama_model_default_params()
+    set_fields(params, load_mode=0)
+    with pytest.raises(NativeError, match="llama_model_params has no field 'use_mmap'"):
+        set_fields(params, use_mmap=False)
+
+
+@pytest.mark.parametrize(
+    "text", ["the heart", " the heart", "  two  spaces ", "a", "###Doctor:", "<s>[INST] é 漢 \n\t\u0301 x", "\x00"]
+)
+def test_tokens_are_sentencepieces(model: native.Model, tiny: Any, text: str) -> None:
+    slow = sentencepiece.SentencePieceProcessor(model_proto=tiny.sentencepiece)
+    ids = model.tokenize(text, leading_space=True)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == slow.encode(text)
+    assert b"".join(model.piece(i) for i in ids) == b" " + text.encode()
+
+
+@pytest.mark.parametrize("text", ["###Patient: is it", " The chest", "\nx", "effusion"])
+def test_a_continuation_has_no_leading_space(model: native.Model, text: str) -> None:
+    ids = model.tokenize(text, leading_space=False)
+    assert b"".join(model.piece(i) for i in ids) == text.encode()
+
+
+def test_token_ids_equal_the_authors(tiny_llama: Any, shared: Path, tmp_path: Path) -> None:
+    oracle = shared / "data" / "oracle"
+    prompts = json.loads((oracle / "meta.json").read_text())["prompts"]
+    vocabulary = (oracle / "llm" / "tokenizer.model").read_bytes()
+    model = native.Model(tiny_llama.make(tmp_path, vocabulary=vocabulary).gguf)
+
+    def piece(text: str) -> list[int]:
+        """The authors' way: control tokens are parsed, and what stands between them is tokenized apart."""
+        parts = [model.tokenize(part, leading_space=True).tolist() for part in text.split("<s>")]
+        return [i for n, part in enumerate(parts) for i in ([model.bos] if n else []) + part]
+
+    for name, prompt in prompts.items():
+        before, after = prompt["prompt"].split("<ImageHere>")
+        assert [model.bos, *piece(before)] == prompt["before_ids"], name
+        assert piece(after) == prompt["after_ids"], name
+    second = prompts["xraygpt-demo, second turn"]
+    turn = second["prompt"].split(second["first_answer"])[1]
+    parts = [model.tokenize(text, leading_space=False).tolist() for text in (" " + second["first_answer"], turn)]
+    assert prompts["xraygpt-demo"]["after_ids"] + parts[0] + parts[1] == second["after_ids"]
+    model.close()
+
+
+def test_tokenizing_nothing_and_half_a_character(model: native.Model) -> None:
+    assert model.tokenize("", leading_space=True).tolist() == []
+    with pytest.raises(UsageError, match="half a character"):
+        model.tokenize("\ud800", leading_space=True)
+
+
+def test_control_tokens_in_text_stay_text_and_render_as_nothing(model: native.Model) -> None:
+    ids = model.tokenize("<s></s><unk>", leading_space=False)
+    assert not {0, 1, 2} & set(ids.tolist())
+    assert model.piece(model.eos) == b""
+    assert model.piece(3 + 0xE9) == b"\xe9"
+    with pytest.raises(NativeError, match="outside the vocabulary"):
+        model.piece(model.vocab)
+
+
+def test_decode_logits_cut_length(context: native.Context) -> None:
+    batch = put(native.Batch(8), [1, 5, 9], outputs=[False, False, True])
+    context.decode(batch)
+    first = context.logits(2)
+    assert first.shape == (context.model.vocab,)
+    assert context.length(0) == 3
+    context.cut(0, 2)
+    assert context.length(0) == 2
+    context.decode(put(batch, [9], start=2))
+    np.testing.assert_allclose(context.logits(0), first, atol=1e-5)
+    with pytest.raises(NativeError, match="row 1 of the last batch has no logits"):
+        context.logits(1)
+
+
+def test_sequences_do_not_see_each_other(context: native.Context) -> None:
+    batch = native.Batch(8)
+    context.decode(put(batch, [1, 5]))
+    alone = context.logits(1)
+    batch.put(np.array([1, 7, 1, 5], np.int32), [0, 1, 0, 1], [1, 1, 2, 2], True)
+    context.decode(batch)
+    np.testing.assert_allclose(context.logits(3), alone, atol=1e-5)
+    assert np.abs(context.logits(1) - alone).max() > 0.1
+
+
+def test_a_position_out_of_order_is_an_error_with_llamas_own_words(context: native.Context) -> None:
+    batch = put(native.Batch(8), [1])
+    context.decode(batch)
+    with pytest.raises(NativeError, match=r"could not decode 1 rows \(returned -1\): .*position"):
+        context.decode(put(batch, [5], start=7))
+
+
+def test_embedding_rows_of_tokens_give_the_tokens_logits(context: native.Context, tiny: Any) -> None:
+    batch = native.Batch(8)
+    ids = np.array([1, 5, 9, 30], np.int32)
+    context.decode(put(batch, ids.tolist()))
+    expected = context.logits(3)
+    batch.put(tiny.token_embeddings[ids], np.arange(4), 1, True)
+    context.decode(batch)
+    np.testing.assert_allclose(context.logits(3), expected, atol=1e-5)
+
+
+def test_a_batch_takes_no_more_than_its_rows() -> None:
+    with pytest.raises(NativeError, match="9 rows do not fit a batch of 8"):
+        put(native.Batch(8), list(range(9)))
+
+
+def test_close_order_and_use_after_close(tiny: Any, plan: DevicePlan) -> None:
+    model = native.Model(tiny.gguf)
+    context = native.Context(model, plan, 256)
+    with pytest.raises(NativeError, match="before its context"):
+        model.close()
+    context.close()
+    context.close()
+    with pytest.raises(ClosedError):
+        context.length(0)
+    model.close()
+    model.close()
+    with pytest.raises(ClosedError):
+        model.tokenize("x", leading_space=True)
+
+
+def test_system_facts() -> None:
+    assert "CPU" in native.system_info()
+    assert native.supports_gpu() in (True, False)
+    assert len(native.build_id()) == 16
+
+
+def test_layers_on_a_gpu_that_this_build_lacks(tiny: Any) -> None:
+    if native.supports_gpu():
+        pytest.skip("this build of llama.cpp has a GPU")
+    with pytest.raises(DeviceError, match="built without one"):
+        native.Model(tiny.gguf, gpu_layers=-1)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "not a GGUF"),
+        (b"GGUF", "not a GGUF"),
+        (b"\x89PNG" + bytes(100), "not a GGUF"),
+        (b"GGUF" + (9).to_bytes(4, "little") + bytes(100), "version 2 or 3"),
+        (b"GGUF" + (3).to_bytes(4, "little") + b"\xff" * 200, "cannot load"),
+        (b"GGUF" + (3).to_bytes(4, "little") + bytes(16), "cannot load"),
+    ],
+)
+def test_garbage_is_refused_in_one_sentence(tmp_path: Path, content: bytes, words: str, capfd: Any) -> None:
+    path = tmp_path / "llm.gguf"
+    path.write_bytes(content)
+    with pytest.raises(BundleError, match=words) as caught:
+        native.Model(path)
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("part", [0.001, 0.01, 0.5, 0.999])
+def test_a_truncated_model_is_refused(tiny: Any, tmp_path: Path, part: float) -> None:
+    data = tiny.gguf.read_bytes()
+    path = tmp_path / "llm.gguf"
+    path.write_bytes(data[: int(len(data) * part)])
+    with pytest.raises(BundleError, match=r"cannot load llm\.gguf: "):
+        native.Model(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="No such file"):
+        native.Model(tmp_path / "llm.gguf")
+
+
+def test_the_log_joins_parts_of_a_line_and_keeps_levels_apart() -> None:
+    log = Log()
+    log.add(ERROR, b"old\n")
+    mark = log.mark()
+    log.add(WARNING, b"one ")
+    log.add(WARNING, b"line\n")
+    log.add(ERROR, b"cause\n")
+    log.add(ERROR, b"consequence\n")
+    assert log.since(mark, WARNING) == ["one line"]
+    assert log.reason(mark) == ": cause"
+    assert log.reason(log.mark()) == ""
+
+
+def test_importing_the_room_loads_no_native_library() -> None:
+    code = "import sys, xraygpt_lite.llm.scheduler, xraygpt_lite.llm.selftest; sys.exit('llama_cpp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
