@@ -1,0 +1,90 @@
+"""`xraygpt-lite convert`: what is typed, what is printed, what is returned."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from xraygpt_lite import cli
+from xraygpt_lite.bundle import store
+from xraygpt_lite.cache import Cache
+from xraygpt_lite.cli import convert
+
+FILES = ["--vision", "medclip_resnet.bin", "--checkpoint", "linear.pth", "--llm", "llm"]
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["convert", *arguments])
+    return int(end.value.code or 0)
+
+
+def test_a_conversion(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    output = tmp_path / "bundle"
+    assert run("xraygpt-paper", *FILES, "-o", str(output), "--quant", "f16", "--name", "mine") == 0
+    printed = capsys.readouterr()
+    bundle = store.load(output, Cache(None))
+    assert printed.out.startswith(f"{output}: mine, ")
+    assert bundle.id[:12] in printed.out
+    assert "text_model.projection_head.weight" in printed.err
+    assert "model.layers.*.self_attn.rotary_emb.inv_freq" in printed.err
+    assert run("xraygpt-paper", *FILES, "-o", str(output)) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "Usage"),
+        (("xraygpt",), 2, "no such command 'xraygpt'"),
+        (("xraygpt-paper", "-o", "x"), 2, "missing option '--vision'"),
+        (("xraygpt-paper", *FILES[:4], "--llm", "absent", "-o", "x"), 2, "'absent' does not exist"),
+        (("xraygpt-paper", *FILES, "-o", "x", "--quant", "q3"), 2, "'q3' is not one of"),
+        (("xraygpt-paper", *FILES, "-o", "x", "--set", "vision.num_heads"), 2, "expected KEY=VALUE"),
+        (("xraygpt-paper", *FILES, "-o", "x", "--set", "a=1", "--set", "a=2"), 2, "each key once"),
+        (("xraygpt-paper", *FILES, "-o", "x", "--set", "a=1"), 2, "no such setting"),
+        (("nih-tiny", *FILES, "-o", "x"), 1, "nih-tiny expects nih-tiny's encoder there"),
+    ],
+)
+def test_what_is_refused(
+    made: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(made)
+    assert run(*arguments) == code
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+    assert not (made / "x").exists()
+
+
+def test_a_missing_extra_is_named(
+    made: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    monkeypatch.setattr(convert, "NEEDED", ("json", "no_such_package", "no_such.package"))
+    assert run("xraygpt-paper", *FILES, "-o", "x") == 1
+    assert "pip install 'xraygpt-lite[convert]'" in capsys.readouterr().err
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from xraygpt_lite.cli import main\n"
+        "try: main(['convert', 'xraygpt-paper', '--help'])\n"
+        "except SystemExit: pass\n"
+        "bad = {'torch', 'transformers', 'onnxruntime', 'llama_cpp', 'pydicom', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {bad}' if bad else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--vision" in done.stdout

@@ -1,0 +1,147 @@
+"""`xraygpt-lite summarize`: one loaded model, a record for each image."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xraygpt_lite.cli import console, options
+from xraygpt_lite.errors import BundleError, CancelledError, UsageError, XrayError
+
+if TYPE_CHECKING:
+    from xraygpt_lite import XrayModel
+    from xraygpt_lite.report import Format
+    from xraygpt_lite.values import GenerationOptions, Record
+
+
+@click.command("summarize")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
+@click.option("--question", metavar="TEXT", help="What to ask; by default the bundle's own question.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, failures included.")
+@click.option("-o", "--output", metavar="FILE", help="Write to FILE, whole or not at all, instead of printing.")
+@click.option("--quiet", is_flag=True, help="No warnings; errors stay.")
+@options.model_options
+@options.generation_options
+def command(
+    images: tuple[str, ...],
+    question: str | None,
+    as_json: bool,
+    output: str | None,
+    quiet: bool,
+    bundle: str | None,
+    device: str,
+    threads: int | None,
+    variant: str | None,
+    **given: Any,
+) -> int:
+    """Describe chest radiographs in words.
+
+    IMAGE is a DICOM, PNG, JPEG or TIFF file; - reads one from standard input. Several images are answered by one
+    loaded model, in order, and one that cannot be read does not stop the others (exit code 3).
+    """
+    if images.count("-") > 1:
+        raise UsageError("- stands for standard input and can be read once only")
+    target = console.OutputFile(output, images) if output not in (None, "-") else None
+    import xraygpt_lite
+    from xraygpt_lite.report import FORMATS
+    from xraygpt_lite.values import Failure
+
+    wanted = options.generation(**given)
+    several = len(images) > 1
+    form = FORMATS["json" if as_json else "text"]
+    written: list[str] = []
+    put = written.append if target else console.out
+    live = target is None and not as_json and sys.stdout.isatty()
+    show = _live if live else partial(_whole, form, put)
+    records: list[Record] = []
+    with xraygpt_lite.load(bundle, device=device, threads=threads) as model:
+        model.check(question, wanted, variant=variant)
+        ask = _Ask(model, question, wanted, variant)
+        for image in images:
+            records.append(show(ask, image, several))
+            _remark(records[-1], several, quiet)
+    put(form.end(records))
+    failures = sum(isinstance(record, Failure) for record in records)
+    if target and (as_json or failures < len(records)):
+        target.write("".join(written))
+    return 0 if not failures else 3 if several else 1
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """What is asked of every image."""
+
+    model: XrayModel
+    question: str | None
+    options: GenerationOptions
+    variant: str | None
+
+    def __call__(self, image: str, piece: Callable[[str], object] | None = None) -> Record:
+        """The record of one image; `piece` is told the text as it comes. What concerns every image is raised."""
+        from xraygpt_lite.values import Failure
+
+        data = sys.stdin.buffer.read() if image == "-" else image
+        try:
+            with self.model.stream(data, self.question, self.options, variant=self.variant) as stream:
+                for text in stream:
+                    if piece:
+                        piece(text)
+                return replace(stream.summary, source=image)
+        except (UsageError, BundleError, CancelledError):
+            raise
+        except XrayError as error:
+            asked = self.question or self.model.bundle.manifest.prompt.default_question
+            return Failure(image, _sha256(data), asked, error.stage, type(error).__name__, str(error))
+
+
+def _whole(form: Format, put: Callable[[str], object], ask: _Ask, image: str, several: bool) -> Record:
+    """One record, written when it is finished."""
+    record = ask(image)
+    put(form.record(record, several))
+    return record
+
+
+def _live(ask: _Ask, image: str, several: bool) -> Record:
+    """One answer on a terminal as it comes; a text that the clean-up changes is shown again, as the record has it."""
+    from xraygpt_lite.report import text
+
+    if several:
+        console.out(text.heading(image))
+    screen = console.Live()
+    record = ask(image, screen.piece)
+    screen.end(text.record(record, False))
+    if several:
+        console.out("\n")
+    return record
+
+
+def _remark(record: Record, several: bool, quiet: bool) -> None:
+    """Errors and warnings of one record, on stderr."""
+    where = f"{record.source}: " if several else ""
+    from xraygpt_lite.values import Failure
+
+    if isinstance(record, Failure):
+        console.error(record.message if record.source in record.message else where + record.message)
+    elif not quiet:
+        for warning in record.warnings:
+            console.warn(where + warning)
+
+
+def _sha256(data: str | bytes) -> str | None:
+    """Of the bytes, or of the regular file of this name; None where it cannot be read."""
+    if isinstance(data, bytes):
+        return hashlib.sha256(data).hexdigest()
+    try:
+        if not os.path.isfile(data):
+            return None
+        with open(data, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
