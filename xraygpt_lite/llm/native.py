@@ -202,7 +202,8 @@ class Context:
         found = self._lib.llama_get_logits_ith(self.pointer, row)
         if not found:
             raise NativeError(f"row {row} of the last batch has no logits")
-        values: Float32 = np.ctypeslib.as_array(found, (self.model.vocab,)).copy()
+        row_type = ctypes.c_float * self.model.vocab
+        values: Float32 = np.array(row_type.from_address(ctypes.addressof(found.contents)), np.float32)
         if not np.isfinite(values).all():
             raise NativeError("the language model's logits are not finite: its weights or the image rows are damaged")
         return values
@@ -243,7 +244,8 @@ class Batch:
         self._rows: Float32 | None = None
         self.struct = library().llama_batch()
         kinds = dict(self.struct._fields_)
-        self._token_kind, self._row_kind = kinds["token"], kinds["embd"]
+        self._token_pointer = self._tokens.ctypes.data_as(kinds["token"])
+        self._row_kind = kinds["embd"]
         set_fields(
             self.struct,
             pos=self._positions.ctypes.data_as(kinds["pos"]),
@@ -282,7 +284,7 @@ class Batch:
         if content.ndim == 1:
             self._tokens[:count] = content
             self._rows = None
-            set_fields(self.struct, n_tokens=count, token=self._tokens.ctypes.data_as(self._token_kind), embd=None)
+            set_fields(self.struct, n_tokens=count, token=self._token_pointer, embd=None)
         else:
             self._rows = np.ascontiguousarray(content, np.float32)
             set_fields(self.struct, n_tokens=count, token=None, embd=self._rows.ctypes.data_as(self._row_kind))
