@@ -166,8 +166,8 @@ def _draft(request: Request, parts: Parts, llama: LlamaFolder) -> Manifest:
     first = {variant.before_ids[:1] for variant in draft.prompt.variants.values()}
     if first != {(words.bos,)} or words.eos not in draft.prompt.stop_ids:
         raise ConversionError(
-            f"the vocabulary of {llama.folder} begins a text with id {words.bos} and ends it with {words.eos}; the prompts "
-            f"of {request.family} use {sorted(first)} and {draft.prompt.stop_ids}, so they do not belong together"
+            f"the vocabulary of {llama.folder} begins a text with id {words.bos} and ends it with {words.eos}; the "
+            f"prompts of {request.family} use {sorted(first)} and {draft.prompt.stop_ids}: they do not belong together"
         )
     return draft
 

@@ -102,7 +102,8 @@ def read(folder: Path, rows: int) -> Vocabulary:
 
 
 def _model(path: Path) -> Any:
-    model: Any = sentencepiece_model_pb2.ModelProto()
+    messages: Any = sentencepiece_model_pb2  # its classes are made while it is imported
+    model = messages.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
     except OSError as error:

@@ -28,7 +28,7 @@ class SqueezeExcite(nn.Module):
         self.expand = nn.Conv2d(max(8, channels // 8), channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True))))
+        gate: Tensor = self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True))))
         return x * gate.sigmoid()
 
 

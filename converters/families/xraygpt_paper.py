@@ -26,7 +26,7 @@ ENCODER = "vision_model.model."
 HEAD = "vision_model.projection_head.weight"
 
 
-class SwinEncoder(SwinPreTrainedModel):  # type: ignore[misc]
+class SwinEncoder(SwinPreTrainedModel):
     """MedCLIP's Swin: the mean over the last stage's tokens, projected without bias. (B, 3, S, S) → (B, 1, F)."""
 
     def __init__(self, config: SwinConfig, features: int) -> None:
@@ -39,7 +39,7 @@ class SwinEncoder(SwinPreTrainedModel):  # type: ignore[misc]
         return self.head(pooled).unsqueeze(1)  # type: ignore[no-any-return]
 
 
-class ResNetEncoder(ResNetPreTrainedModel):  # type: ignore[misc]
+class ResNetEncoder(ResNetPreTrainedModel):
     """MedCLIP's ResNet, whose last layer is the projection. (B, 3, S, S) → (B, 1, F)."""
 
     def __init__(self, config: ResNetConfig, features: int) -> None:
@@ -77,9 +77,9 @@ def _linear(source: Checkpoint, features: int, width: int) -> tuple[Projector, t
     shape = source.shapes["llama_proj.weight"]
     if len(shape) != 2 or shape[1] != features:
         raise ConversionError(
-            f"'llama_proj.weight' of {source.path} has shape {shape} and the vision file gives {features} features: this "
-            "is the layer of another model (the released XrayGPT and MiniGPT-4 feed it from a Q-Former, MiniGPT-Med from "
-            f"joined patches); {FAMILY} expects (…, {features})"
+            f"'llama_proj.weight' of {source.path} has shape {shape} and the vision file gives {features} features: "
+            "this is the layer of another model (the released XrayGPT and MiniGPT-4 feed it from a Q-Former, "
+            f"MiniGPT-Med from joined patches); {FAMILY} expects (…, {features})"
         )
     if shape[0] % width:
         raise ConversionError(

@@ -1,0 +1,235 @@
+"""A conversion ends in a whole bundle or leaves nothing: others' files, swapped arguments, disks that refuse."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from xraygpt_lite.bundle import store
+from xraygpt_lite.cache import Cache
+from xraygpt_lite.converters import assemble, onnx
+from xraygpt_lite.converters.assemble import Request, convert
+from xraygpt_lite.converters.families import FAMILIES, Parts, Projector, loader
+from xraygpt_lite.converters.families.nih_tiny import GridEncoder
+from xraygpt_lite.errors import ConversionError, UsageError
+
+WIDTH = 64
+
+
+@pytest.fixture
+def request_(made: Path, tmp_path: Path) -> Request:
+    """A request that would succeed."""
+    inputs = {"vision": made / "medclip_resnet.bin", "checkpoint": made / "linear.pth", "llm": made / "llm"}
+    (tmp_path / "out").mkdir()
+    return Request("xraygpt-paper", inputs, tmp_path / "out" / "bundle", quant="f32")
+
+
+def test_every_family_has_a_loader_and_a_command() -> None:
+    from xraygpt_lite.cli import convert as command
+
+    assert set(command.FAMILIES) == set(FAMILIES)
+    assert command.QUANTS == assemble.QUANTS
+    assert all(callable(loader(family)) for family in FAMILIES)
+
+
+def test_a_quantized_bundle_replaces_another_only_with_force(request_: Request) -> None:
+    steps: list[str] = []
+    outcome = convert(replace(request_, quant="q8_0", name="mine"), steps.append)
+    assert steps == [
+        "reading names and shapes",
+        "exporting vision and projector to ONNX",
+        "writing the language model as q8_0",
+        "comparing the graphs with torch",
+        "recording the self-test",
+    ]
+    manifest = outcome.bundle.manifest
+    assert (manifest.name, manifest.image_tokens, manifest.width) == ("mine", 1, WIDTH)
+    assert manifest.weight_types == {"vision": "f32", "projector": "f32", "llm": "q8_0"}
+    assert {"logit_scale", "epoch", "optimizer"} <= set(outcome.ignored)
+    assert [path.name for path in request_.output.parent.iterdir()] == ["bundle"]
+    with pytest.raises(ConversionError, match=r"exists; .* --force"):
+        convert(request_)
+    assert store.load(request_.output, Cache(None)).id == outcome.bundle.id
+    assert convert(replace(request_, force=True)).bundle.manifest.weight_types["llm"] == "f32"
+    assert [path.name for path in request_.output.parent.iterdir()] == ["bundle"]
+
+
+def test_force_replaces_nothing_but_a_bundle(request_: Request) -> None:
+    request_.output.mkdir()
+    (request_.output / "precious.txt").write_text("mine")
+    with pytest.raises(ConversionError, match=r"is not a bundle; --force replaces nothing else"):
+        convert(replace(request_, force=True))
+    assert (request_.output / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("swap", "message"),
+    [
+        ({"vision": "linear.pth"}, "--vision .*linear.pth is the linear layer"),
+        ({"vision": "llm"}, "--vision .*llm is a Llama language model; xraygpt-paper expects MedCLIP"),
+        ({"checkpoint": "medclip_swin.bin"}, "--checkpoint .* is MedCLIP with its Swin encoder; xraygpt-paper expects"),
+        ({"llm": "linear.pth"}, "--llm .*linear.pth is not a folder"),
+        ({"vision": "golden.npz"}, "golden.npz is truncated or not a torch checkpoint"),
+        ({"vision": "llm/tokenizer.model"}, "tokenizer.model is not a torch checkpoint"),
+    ],
+)
+def test_swapped_arguments_are_named(request_: Request, made: Path, swap: dict[str, str], message: str) -> None:
+    inputs = dict(request_.inputs) | {role: made / name for role, name in swap.items()}
+    with pytest.raises(ConversionError, match=message):
+        convert(replace(request_, inputs=inputs))
+    assert list(request_.output.parent.iterdir()) == []
+
+
+EVA = {"blocks.0.attn.qkv.weight": (6, 2), "blocks.0.attn.q_bias": (2,)}
+QFORMER = {"Qformer.bert.embeddings.LayerNorm.weight": (2,), "query_tokens": (1, 4, 2)}
+LORA = {
+    "llama_proj.weight": (WIDTH, 40),
+    "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (2, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("role", "shapes", "message"),
+    [
+        ("vision", EVA, "is the EVA-CLIP ViT of the released XrayGPT"),
+        ("vision", QFORMER, "is BLIP-2's Q-Former"),
+        ("checkpoint", LORA, "is MiniGPT-Med's checkpoint"),
+        (
+            "checkpoint",
+            {"llama_proj.weight": (WIDTH, 768)},
+            r"\(64, 768\) and the vision file gives 40 features: .*Q-Former",
+        ),
+        ("checkpoint", {"llama_proj.weight": (WIDTH + 1, 40)}, "gives 65 values and the language model is 64 wide"),
+        ("checkpoint", {"llama_proj.weight": (WIDTH, 40), "llama_proj.bias": (3,)}, "'llama_proj.bias' .* has shape"),
+        ("checkpoint", {"something.weight": (2, 2)}, "is of no known kind"),
+    ],
+)
+def test_other_families_are_refused_by_name(
+    request_: Request, tmp_path: Path, role: str, shapes: dict[str, tuple[int, ...]], message: str
+) -> None:
+    torch.save({"model": {name: torch.ones(shape) for name, shape in shapes.items()}}, tmp_path / "other.pth")
+    with pytest.raises(ConversionError, match=message):
+        convert(replace(request_, inputs=dict(request_.inputs) | {role: tmp_path / "other.pth"}))
+    assert list(request_.output.parent.iterdir()) == []
+
+
+def test_an_encoder_that_lacks_or_exceeds_what_is_known_is_refused(made: Path, tmp_path: Path) -> None:
+    def load(file: str, change: Callable[[dict[str, Tensor]], object]) -> Parts:
+        state = torch.load(made / file, weights_only=True)
+        change(state)
+        torch.save(state, tmp_path / "x.bin")
+        return loader("xraygpt-paper")({"vision": tmp_path / "x.bin", "checkpoint": made / "linear.pth"}, WIDTH, {})
+
+    table = "vision_model.model.encoder.layers.1.blocks.1.attention.self.relative_position_bias_table"
+    with pytest.raises(ConversionError, match=r"lacks 'vision_model.model.layernorm.bias'"):
+        load("medclip_swin.bin", lambda state: state.pop("vision_model.model.layernorm.bias"))
+    with pytest.raises(ConversionError, match=r"lacks .*projection_head"):
+        load("medclip_swin.bin", lambda state: state.pop("vision_model.projection_head.weight"))
+    with pytest.raises(ConversionError, match=r"holds 'vision_model.model.extra'"):
+        load("medclip_swin.bin", lambda state: state.update({"vision_model.model.extra": torch.ones(1)}))
+    with pytest.raises(ConversionError, match=r"relative_position_bias_table' .* has shape \(169, 3\); .* \(169, 4\)"):
+        load("medclip_swin.bin", lambda state: state.update({table: torch.ones(169, 3)}))
+    with pytest.raises(ConversionError, match=r"bn2.running_var' .* not finite"):
+        load(
+            "medclip_resnet.bin", lambda state: state["vision_model.model.layer1.0.bn2.running_var"].fill_(float("nan"))
+        )
+
+
+def test_settings(made: Path) -> None:
+    inputs = {"vision": made / "medclip_swin.bin", "checkpoint": made / "linear.pth"}
+    assert loader("xraygpt-paper")(inputs, WIDTH, {"vision.num_heads": "2,4"}).vision is not None
+    with pytest.raises(ConversionError, match=r"contradicts .* whose tables have 2,4"):
+        loader("xraygpt-paper")(inputs, WIDTH, {"vision.num_heads": "3,6"})
+    with pytest.raises(UsageError, match=r"expected positive integers"):
+        loader("xraygpt-paper")(inputs, WIDTH, {"vision.num_heads": "2,x"})
+    with pytest.raises(UsageError, match=r"no such setting; it has: vision.num_heads"):
+        loader("xraygpt-paper")(inputs, WIDTH, {"vision.depth": "2"})
+    with pytest.raises(ConversionError, match=r"is a ResNet, which has no heads"):
+        loader("xraygpt-paper")(inputs | {"vision": made / "medclip_resnet.bin"}, WIDTH, {"vision.num_heads": "2"})
+
+
+def test_graphs_that_differ_from_torch_are_not_kept(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = onnx.export_parts
+
+    def export_another(parts: Parts, size: int, folder: Path) -> None:
+        with torch.no_grad():
+            parts.projector.linear.bias += 0.1  # type: ignore[operator, union-attr]
+        export(parts, size, folder)
+        with torch.no_grad():
+            parts.projector.linear.bias -= 0.1  # type: ignore[operator, union-attr]
+
+    monkeypatch.setattr(onnx, "export_parts", export_another)
+    with pytest.raises(ConversionError, match=r"differ from torch: embeddings_max_difference"):
+        convert(request_)
+    assert list(request_.output.parent.iterdir()) == []
+
+
+@pytest.fixture
+def largest_file() -> Iterator[Callable[[int], None]]:
+    """Limits the size of any file that this process writes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# What is written, in order: vision.onnx (about 40 kB), projector.onnx (10 kB), the language model (600 kB).
+@pytest.mark.parametrize(("size", "quant"), [(5_000, "f32"), (200_000, "f32"), (200_000, "q8_0")])
+def test_a_full_disk_leaves_nothing(
+    request_: Request, largest_file: Callable[[int], None], size: int, quant: str
+) -> None:
+    largest_file(size)
+    with pytest.raises(ConversionError, match=r"disk is full"):
+        convert(replace(request_, quant=quant))
+    assert list(request_.output.parent.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(request_: Request, tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=r"is not a folder"):
+        convert(replace(request_, output=tmp_path / "absent" / "bundle"))
+    closed = request_.output.parent
+    if os.geteuid() == 0:  # permissions do not bind root; nobody can make a folder here
+        closed = Path("/proc")
+    else:
+        closed.chmod(0o500)
+    with pytest.raises(ConversionError, match=r"could not be written"):
+        convert(replace(request_, output=closed / "bundle"))
+
+
+def test_what_cannot_be_meant_is_refused(request_: Request) -> None:
+    with pytest.raises(UsageError, match=r"--quant q3"):
+        convert(replace(request_, quant="q3"))
+    with pytest.raises(UsageError, match=r"--name 'A B'"):
+        convert(replace(request_, name="A B"))
+
+
+def test_grid_encoders_of_other_sizes_are_read_off_their_tensors(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    encoder = GridEncoder((4, 8, 8, 16), (1, 2, 1, 1), towers=2).eval()
+    projector = nn.Linear(32, 24)
+    save_file(encoder.state_dict(), tmp_path / "vision.safetensors")
+    save_file(
+        {f"projector.{name}": value for name, value in projector.state_dict().items()}, tmp_path / "p.safetensors"
+    )
+    inputs = {"vision": tmp_path / "vision.safetensors", "checkpoint": tmp_path / "p.safetensors"}
+    parts = loader("nih-tiny")(inputs, 24, {})
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = projector(encoder(pixels))
+    assert isinstance(parts.projector, Projector)
+    np.testing.assert_array_equal(parts.projector(parts.vision(pixels)).numpy(), expected.numpy())
+    assert {name for name in parts.ignored if name.startswith("heads.")} == {
+        f"heads.{n}.{part}" for n in range(2) for part in ("weight", "bias")
+    }
+    with pytest.raises(ConversionError, match=r"has shape \(24, 32\); .* \(25, 32\)"):
+        loader("nih-tiny")(inputs, 25, {})
+    with pytest.raises(ConversionError, match=r"--vision .* is nih-tiny's projector"):
+        loader("nih-tiny")(inputs | {"vision": inputs["checkpoint"]}, 24, {})
