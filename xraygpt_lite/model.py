@@ -304,24 +304,20 @@ def _choice_ids(engine: Engine, choices: Sequence[str]) -> list[list[int]]:
 
 
 def _sums(slot: Slot, segments: Sequence[Segment], choices: list[list[int]]) -> Float64:
-    """Summed log-probability of each choice as the answer to a first turn; what precedes the question stays.
+    """Summed log-probability of each choice as the answer to a first turn.
 
-    The first trace already predicts every choice's first token, so only longer choices cost a trace of their own.
+    What precedes the question is prefilled by the slot's first use and stays for the next question.
     """
     *prefix, question = segments
-    kept = sum(map(len, prefix))
-    sums = np.empty(len(choices))
-    first = None
-    for n, choice in enumerate(choices):
-        if first is not None and len(choice) == 1:
-            sums[n] = first[choice[0]]
-            continue
-        if slot.rows:
-            slot.truncate(kept)
-        logs = _log_softmax(slot.trace([question] if slot.rows else segments, choice).astype(np.float64))
-        first = logs[0] if first is None else first
-        sums[n] = logs[np.arange(len(choice)), choice].sum()
-    return sums
+    if slot.rows:
+        slot.truncate(sum(map(len, prefix)))
+        segments = [question]
+    sums = []
+    for choice in choices:
+        logs = _log_softmax(slot.trace(segments, choice).astype(np.float64))
+        sums.append(logs[np.arange(len(choice)), choice].sum())
+        segments = ()  # in the cache from here on
+    return np.asarray(sums)
 
 
 def _log_softmax(logits: Float64) -> Float64:
