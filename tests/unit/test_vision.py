@@ -1,0 +1,110 @@
+"""Encoder and projector are held to the graph contract, and a runtime that is absent or doubled is named."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from xraygpt_lite import vision
+from xraygpt_lite.bundle import store
+from xraygpt_lite.cache import Cache
+from xraygpt_lite.errors import BundleError, DeviceError, MissingPackageError, NativeError
+from xraygpt_lite.values import Bundle, DevicePlan, Pixels, Placement
+
+
+@pytest.fixture
+def bundle(bundle_copy: Path) -> Bundle:
+    """A checked bundle whose files may be spoiled afterwards."""
+    return store.load(bundle_copy, Cache(None))
+
+
+def pixels(count: int) -> Pixels:
+    data = np.random.default_rng(1).normal(size=(count, 3, 32, 32)).astype(np.float32)
+    return Pixels(data, (Placement((1.0, 1.0), (0.0, 0.0), (32, 32)),) * count)
+
+
+def test_a_batch_gives_what_each_image_gives_alone(bundle: Bundle) -> None:
+    encoder, images = vision.Encoder(bundle, DevicePlan()), pixels(3)
+    together = encoder.encode(images).data
+    assert together.shape == (3, 4, 32)
+    assert together.dtype == np.float32
+    assert together.flags.c_contiguous
+    for n in range(3):
+        alone = encoder.encode(Pixels(images.data[n : n + 1], images.placements[:1])).data
+        np.testing.assert_allclose(together[n], alone[0], atol=1e-5)
+
+
+def test_the_providers_are_those_of_the_session(bundle: Bundle) -> None:
+    assert vision.Encoder(bundle, DevicePlan()).providers == ("CPUExecutionProvider",)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in vision.available_providers(), reason="CUDA is there")
+def test_a_planned_gpu_that_the_session_does_not_get_is_an_error(bundle: Bundle) -> None:
+    with pytest.raises((DeviceError, BundleError), match="CUDAExecutionProvider"):
+        vision.Encoder(bundle, DevicePlan(device="cuda", providers=("CUDAExecutionProvider", "CPUExecutionProvider")))
+
+
+def linear(name: str, source: list[str | int], result: list[str | int], weight: np.ndarray) -> onnx.ModelProto:
+    """features → `name`: one matrix product."""
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["features", "weight"], [name])],
+        "projector",
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, source)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, result)],
+        [numpy_helper.from_array(weight.astype(np.float32), "weight")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+GOOD = np.ones((8, 32))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda: linear("embeddings", [1, 4, 8], [1, 4, 32], GOOD), "batch axis of 'features' is fixed at 1"),
+        (lambda: linear("tokens", ["b", 4, 8], ["b", 4, 32], GOOD), "expected one tensor 'embeddings'"),
+        (lambda: linear("embeddings", ["b", 4, 8], ["b", 4, 48], np.ones((8, 48))), r"manifest wants \(4, 32\)"),
+        (lambda: linear("embeddings", ["b", 5, 8], ["b", 5, 32], GOOD), r"manifest wants \(4, 32\)"),
+        (lambda: linear("embeddings", ["b", 4, 9], ["b", 4, 32], np.ones((9, 32))), r"manifest wants \(None, 8\)"),
+    ],
+)
+def test_a_graph_outside_the_contract_is_refused(
+    bundle: Bundle, spoil: Callable[[], onnx.ModelProto], message: str
+) -> None:
+    onnx.save(spoil(), bundle.projector)
+    with pytest.raises(BundleError, match=message):
+        vision.Encoder(bundle, DevicePlan())
+
+
+def test_a_token_count_that_only_a_run_shows_is_refused_then(bundle: Bundle) -> None:
+    onnx.save(linear("embeddings", ["b", "n", 8], ["b", "n", 32], GOOD), bundle.projector)
+    wrong = replace(bundle, manifest=replace(bundle.manifest, image_tokens=7))
+    with pytest.raises(BundleError, match=r"\(1, 4, 32\); the manifest says \(1, 7, 32\)"):
+        vision.Encoder(wrong, DevicePlan()).encode(pixels(1))
+
+
+def test_values_that_are_not_finite_are_refused(bundle: Bundle) -> None:
+    onnx.save(linear("embeddings", ["b", 4, 8], ["b", 4, 32], np.full((8, 32), np.nan)), bundle.projector)
+    with pytest.raises(NativeError, match="not finite"):
+        vision.Encoder(bundle, DevicePlan()).encode(pixels(1))
+
+
+def test_without_a_runtime_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(vision, "installed_runtimes", dict)
+    with pytest.raises(MissingPackageError, match=r"pip install 'xraygpt-lite\[cpu\]'"):
+        vision.available_providers()
+
+
+def test_with_both_runtimes_it_says_what_to_remove(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vision.metadata, "version", lambda _: "1.0")
+    with pytest.raises(MissingPackageError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
+        vision.available_providers()
