@@ -34,7 +34,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("bundle",),
     ("device", "cache"),
     ("models",),  # data: the default bundle, templates and cards
-    ("values", "errors"),
+    ("values", "errors", "closing"),
 )
 
 # Narrower than the rows: what these rooms may import at all.
@@ -42,10 +42,11 @@ ONLY: dict[str, set[str]] = {
     "models": set(),
     "values": set(),
     "errors": set(),
+    "closing": set(),
     "vision": {"values", "errors"},  # given a DevicePlan, chooses nothing
-    "llm": {"cache", "values", "errors"},  # the same; the cache keeps the self-test's verdict
+    "llm": {"cache", "values", "errors", "closing"},  # the same; the cache keeps the self-test's verdict
     "imaging": {"values", "errors"},
-    "chat": {"llm", "prompt", "answer", "options", "values", "errors"},
+    "chat": {"llm", "prompt", "answer", "options", "values", "errors", "closing"},
     "report": {"values", "errors"},  # renders finished records
 }
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Self
 
 from xraygpt_lite import prompt
 from xraygpt_lite.answer import AnswerReader, clean
+from xraygpt_lite.closing import Closing
 from xraygpt_lite.errors import ClosedError
 from xraygpt_lite.llm.scheduler import Engine, Generation, Slot, Stream
 from xraygpt_lite.options import resolve
@@ -39,7 +38,7 @@ class Study:
     timings: Timings
 
 
-class AnswerStream(Iterator[str]):
+class AnswerStream(Closing, Iterator[str]):
     """Text pieces of one answer as they come; `summary` once they have all come.
 
     Closing it early, or dropping it, cancels the generation. Pieces are the model's words before the final clean-up,
@@ -96,14 +95,6 @@ class AnswerStream(Iterator[str]):
         if self._turn_only:
             self._chat.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def __del__(self) -> None:
         if not getattr(self, "_ended", True):
             self.close()
@@ -115,7 +106,7 @@ class AnswerStream(Iterator[str]):
             self._chat.close()
 
 
-class ChatSession:
+class ChatSession(Closing):
     """Questions about one radiograph, each answered with all earlier turns in the KV cache.
 
     No row is ever prefilled twice: a turn appends its own tokens to what the cache holds.
@@ -159,14 +150,6 @@ class ChatSession:
         if not self._closed:
             self._closed = True
             self._slot.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _ask(self, question: str | None, options: GenerationOptions | None, *, turn_only: bool) -> AnswerStream:
         if self._closed:

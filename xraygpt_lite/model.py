@@ -12,8 +12,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +22,7 @@ from xraygpt_lite.answer import AnswerReader
 from xraygpt_lite.bundle import gguf_header, store
 from xraygpt_lite.cache import Cache
 from xraygpt_lite.chat import AnswerStream, ChatSession, Study
+from xraygpt_lite.closing import Closing
 from xraygpt_lite.errors import BundleError, ClosedError, UsageError
 from xraygpt_lite.imaging.read import read
 from xraygpt_lite.imaging.transform import transform
@@ -106,7 +105,7 @@ def open_bundle(
     return XrayModel(bundle, replace(plan, float32_cache=float32_cache))
 
 
-class XrayModel:
+class XrayModel(Closing):
     """An opened bundle. Safe to call from several threads; close it, or use it as a context manager.
 
     Attributes
@@ -266,14 +265,6 @@ class XrayModel:
             self._closed = True
             self._engine.close()
             self._encoder.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _open(self) -> Engine:
         if self._closed:

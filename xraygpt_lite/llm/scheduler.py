@@ -14,11 +14,10 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 
+from ..closing import Closing
 from ..errors import CancelledError, ClosedError, NativeError, UsageError
 from ..values import DevicePlan, Float32, Int32, Sampling, Segment, TokenSegment
 from .core import Core
@@ -29,7 +28,7 @@ from .sequence import Held, check, check_fit, count
 __all__ = ["Engine", "Generation", "Reader", "Slot", "Stream"]
 
 
-class Engine:
+class Engine(Closing):
     """One loaded language model.
 
     Parameters
@@ -96,16 +95,8 @@ class Engine:
         """End every request, free the model and join the thread; idempotent."""
         self._finalizer()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-class Slot:
+class Slot(Closing):
     """One sequence of the engine's cache; segments are appended to what it holds. One request at a time."""
 
     def __init__(self, engine: Engine, core: Core) -> None:
@@ -228,14 +219,6 @@ class Slot:
             raise outcome
         assert isinstance(outcome, np.ndarray)
         return outcome
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class Stream(Iterator[str]):
