@@ -1,0 +1,133 @@
+"""Stage (c): thresholds for the evidence, cached features, and the projector that carries them to the decoder.
+
+The classifier heads are linear and read the mean over the grid, so a row's features give evidence by one linear map.
+Its zero is set on val: `abnormal` where balanced accuracy is best, a finding where it is called about as often as it
+occurs. Knows features and heads; the texts and the loop are those of stage (b).
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from decoder import Source
+from dialogue import EVIDENCE, sample_evidence
+from encoder import normalize
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xraygpt_lite.converters.families.nih_tiny import GridEncoder
+
+LABELS = len(EVIDENCE)
+CALLS = 1.3
+"""A finding is called this many times as often as it is labelled: one more false than missed, not many."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """features (…, F) → evidence (…, 15): weight (15, F), bias (15,); 0 = threshold, 1 = one standard deviation."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.weight, self.bias)
+
+
+def join_towers(paths: list[Path]) -> GridEncoder:
+    """The encoder of all trained towers, with their averaged weights."""
+    encoder = GridEncoder(towers=len(paths))
+    state: dict[str, Tensor] = {}
+    for n, path in enumerate(paths):
+        for name, value in torch.load(path, weights_only=True)["average"].items():
+            part, rest = name.split(".", 1)
+            state[f"{'towers' if part == 'tower' else 'heads'}.{n}.{rest}"] = value
+    encoder.load_state_dict(state)
+    return encoder.eval()
+
+
+@torch.no_grad()
+def features_of(encoder: GridEncoder, images: np.ndarray, mirror: bool = False) -> Tensor:
+    """uint8 (n, S, S) → float16 (n, 16, F)."""
+    out = []
+    for start in range(0, len(images), 128):
+        x = normalize(images[start : start + 128])
+        x = (x.flip(3) if mirror else x).expand(-1, 3, -1, -1)
+        with torch.autocast("cpu", torch.bfloat16):
+            out.append(encoder(x).half())
+    return torch.cat(out)
+
+
+def calibrate(encoder: GridEncoder, features: Tensor, labels: np.ndarray) -> Evidence:
+    """Scale and thresholds from the features (n, 16, F) and labels (n, 15) of val."""
+    weight = torch.cat([head.weight[:LABELS] for head in encoder.heads], 1).detach() / len(encoder.heads)
+    bias = torch.stack([head.bias[:LABELS] for head in encoder.heads]).mean(0).detach()
+    logits = F.linear(features.float().mean(1), weight, bias)
+    scale = logits.std(0)
+    rates = torch.from_numpy(labels.mean(0)) * CALLS
+    thresholds = torch.stack([logits[:, n].quantile(1 - rates[n].clamp(0.002, 0.5)) for n in range(LABELS)])
+    thresholds[-1] = _even_threshold(logits[:, -1].numpy(), labels[:, -1])
+    return Evidence(weight / scale[:, None], (bias - thresholds) / scale)
+
+
+def _even_threshold(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Where a logistic fit gives the prevalence: best balanced accuracy if the fit holds, steadier than a search."""
+    x = torch.from_numpy((logits - logits.mean()) / logits.std()).double()
+    y = torch.from_numpy(labels).double()
+    line = torch.zeros(2, dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([line], max_iter=100)
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(line[0] + line[1] * x, y)
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    offset, slope = line.tolist()
+    rate = float(labels.mean())
+    return float(logits.mean() + logits.std() * (np.log(rate / (1 - rate)) - offset) / slope)
+
+
+def new_projector(evidence: Evidence, image_map: nn.Linear) -> nn.Linear:
+    """The heads' evidence followed by stage (b)'s image map, as one linear layer F → E."""
+    projector = nn.Linear(evidence.weight.shape[1], image_map.out_features)
+    with torch.no_grad():
+        projector.weight.copy_(image_map.weight @ evidence.weight)
+        projector.bias.copy_(image_map.weight @ evidence.bias + image_map.bias)
+    return projector
+
+
+def on_images(features: Tensor, evidence: Evidence) -> Source:
+    """A `Source` of real features: half of the images abnormal by their evidence.
+
+    Half of them are moved along the directions that the heads read, so that rare findings and every range of evidence
+    are seen on the scatter of real images.
+    """
+    found = torch.cat([evidence(part.float().mean(1)) for part in features.split(2048)]).numpy()
+    groups = [np.flatnonzero(found[:, -1] > 0), np.flatnonzero(found[:, -1] <= 0)]
+    inverse = torch.linalg.pinv(evidence.weight)
+
+    def source(rng: random.Random, n: int) -> tuple[Tensor, np.ndarray]:
+        rows = [int(groups[k % 2][rng.randrange(len(groups[k % 2]))]) for k in range(n)]
+        inputs, wanted = features[rows].float(), found[rows].copy()
+        for k in range(n):
+            if rng.random() < 0.5:
+                wanted[k] = sample_evidence(rng)
+        shift = torch.from_numpy(wanted - found[rows]) @ inverse.T
+        return inputs + shift[:, None], wanted
+
+    return source
+
+
+def cached_features(encoder: GridEncoder, images: np.ndarray, path: Path) -> Tensor:
+    """Features of every image and its mirror image, float16 (2n, 16, F), kept at `path`."""
+    if not path.exists():
+        both = torch.cat([features_of(encoder, images), features_of(encoder, images, mirror=True)])
+        part = path.with_suffix(".part")
+        torch.save(both, part)
+        part.replace(path)
+    return torch.load(path, weights_only=True)  # type: ignore[no-any-return]

@@ -1,0 +1,108 @@
+"""Makes nih-tiny from the data set, one command:
+
+    python models/nih-tiny/train/train.py --data ../shared/data/nih-chestxray14 --work build/nih-tiny -o BUNDLE
+
+(a) two towers learn the findings, (b) the decoder learns the report language, (c) the projector joins them, then the
+project's own converter makes the bundle and, in the work folder, a float32 twin to compare it with. Every stage saves
+as it goes: run the command again after an interruption and it continues. The test split is never read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from pathlib import Path
+
+import torch
+from data import Split, join, read
+from decoder import learn, made_up, new_decoder, new_image_map
+from dialogue import Tokenizer, train_tokenizer
+from encoder import train_tower
+from projector import cached_features, calibrate, features_of, join_towers, new_projector, on_images
+from safetensors.torch import save_file
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from xraygpt_lite.converters import assemble
+from xraygpt_lite.converters.families.nih_tiny import GridEncoder
+
+log = logging.getLogger("train")
+SEED = 2026
+CYCLES = ((20, 7), (16, 7, 6))  # epochs of each learning-rate cycle of each tower
+PIECES = 640
+WIDTH = 192
+LANGUAGE_STEPS, LANGUAGE_RATE = 900, 2e-3
+COPY_STEPS, COPY_RATE = 350, 1.5e-3
+IMAGE_STEPS, IMAGE_RATE = 350, 8e-4
+
+
+def towers(data: Path, work: Path) -> tuple[GridEncoder, Split, Split]:
+    """Stage (a); also nih128's train and val, which the later stages use."""
+    train, val = read(data, "nih128", "train"), read(data, "nih128", "val")
+    paths = [work / f"tower{n}.pt" for n in range(len(CYCLES))]
+    every, held = join(train, read(data, "nih64", "train")), join(val, read(data, "nih64", "val"))
+    for n, (path, cycles) in enumerate(zip(paths, CYCLES, strict=True)):
+        train_tower(n, every, held, path, seed=SEED, cycles=cycles)
+    return join_towers(paths), train, val
+
+
+def language(work: Path) -> tuple[LlamaForCausalLM, nn.Linear, Tokenizer]:
+    """Stage (b)."""
+    vocabulary = work / "llm" / "tokenizer.model"
+    if not vocabulary.exists():
+        train_tokenizer(vocabulary, PIECES, SEED)
+    tokens = Tokenizer(vocabulary)
+    torch.manual_seed(SEED)
+    decoder, image_map = new_decoder(tokens, WIDTH), new_image_map(WIDTH)
+    path = work / "language.pt"
+    learn(decoder, image_map, tokens, made_up, path, steps=LANGUAGE_STEPS, rate=LANGUAGE_RATE, seed=SEED)
+    path = work / "copying.pt"
+    learn(decoder, image_map, tokens, made_up, path, steps=COPY_STEPS, rate=COPY_RATE, seed=SEED + 1, copies=2)
+    return decoder, image_map, tokens
+
+
+def images(work: Path, encoder: GridEncoder, train: Split, val: Split) -> tuple[LlamaForCausalLM, nn.Linear]:
+    """Stages (b) and (c): the decoder and the projector that fits the encoder."""
+    decoder, image_map, tokens = language(work)
+    seen = torch.cat([features_of(encoder, val.images), features_of(encoder, val.images, mirror=True)])
+    labels = torch.from_numpy(val.labels).repeat(2, 1).numpy()
+    evidence = calibrate(encoder, seen, labels)
+    projector = new_projector(evidence, image_map)
+    source = on_images(cached_features(encoder, train.images[::2], work / "features.pt"), evidence)
+    path = work / "images.pt"
+    learn(decoder, projector, tokens, source, path, steps=IMAGE_STEPS, rate=IMAGE_RATE, seed=SEED + 2, copies=1)
+    return decoder, projector
+
+
+def export(work: Path, encoder: GridEncoder, decoder: LlamaForCausalLM, projector: nn.Linear, output: Path) -> None:
+    """Write the converter's three sources and convert them: q8_0 at `output`, float32 in the work folder."""
+    save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, work / "vision.safetensors")
+    save_file({f"projector.{name}": value.contiguous() for name, value in projector.state_dict().items()},
+              work / "projector.safetensors")  # fmt: skip
+    decoder.save_pretrained(work / "llm")
+    inputs = {"vision": work / "vision.safetensors", "checkpoint": work / "projector.safetensors", "llm": work / "llm"}
+    for path, quant in ((output, "q8_0"), (work / "reference", "f32")):
+        assemble.convert(assemble.Request("nih-tiny", inputs, path, quant, force=True), log.info)
+        log.info("%s: %s", path, quant)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with nih128 and nih64, zip and csv")
+    parser.add_argument("--work", type=Path, required=True, help="folder for everything between data and bundle")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="the bundle")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    encoder, train, val = towers(options.data, options.work)
+    decoder, projector = images(options.work, encoder, train, val)
+    export(options.work, encoder, decoder, projector, options.output)
+    log.info("done in %.0f s (this call)", time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main()
