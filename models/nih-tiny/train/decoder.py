@@ -102,6 +102,7 @@ def learn(
     rate: float,
     seed: int,
     copies: int = 0,
+    plain: bool = False,
 ) -> None:  # fmt: skip
     """Train both in place for `steps` of 12 images each; the state at `path` is continued and, at the end, loaded."""
     probe = nn.Linear(image_map.out_features, len(EVIDENCE))
@@ -121,7 +122,7 @@ def learn(
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 60) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
         inputs, evidence = source(rng, IMAGES)
-        batch = collate([pack(z, rng, tokens, copies) for z in evidence])
+        batch = collate([pack(z, rng, tokens, copies, plain) for z in evidence])
         losses = loss_of(decoder, image_map, probe, inputs, torch.from_numpy(evidence), batch)
         optimizer.zero_grad(set_to_none=True)
         sum(losses).backward()

@@ -108,6 +108,19 @@ def draw_state(z: np.ndarray, rng: random.Random) -> lang.State:
     return lang.State(True, frozenset(present))
 
 
+class _Preferred(random.Random):
+    """Draws that make the writer take its preferred wording."""
+
+    def random(self) -> float:
+        return 0.0
+
+
+def exact_state(z: np.ndarray) -> lang.State:
+    """The state that the evidence says: every threshold as it stands."""
+    present = (finding for value, finding in zip(z, lang.FINDINGS, strict=False) if value > 0)
+    return lang.State(True, frozenset(present)) if z[-1] > 0 else lang.State(False)
+
+
 def _spoken(question: str, rng: random.Random) -> str:
     """As people type: some without the mark, some in lower case."""
     if rng.random() < 0.1:
@@ -148,6 +161,20 @@ def exchanges(z: np.ndarray, rng: random.Random) -> list[tuple[str, str, float |
     return [(_ask(kind, rng), *_reply(kind, draw_state(z, rng), z, rng)) for kind in kinds]
 
 
+def plain_exchanges(z: np.ndarray, rng: random.Random) -> list[tuple[str, str, float | None]]:
+    """As `exchanges`, fewer and with the summary that a greedy answer should be.
+
+    In some a finding or two is left out or put in: what follows must then go by the text and repeat nothing.
+    """
+    state = exact_state(z)
+    if state.abnormal and rng.random() < 0.35:
+        state = lang.State(True, state.present ^ frozenset(rng.sample(lang.FINDINGS, rng.choice((1, 2)))))
+    summary = lang.write_report(state, _Preferred())
+    asked = (rng.choice(lang.FINDINGS), rng.choice(lang.FINDINGS), "abnormal")
+    others = [(_ask(kind, rng), *_reply(kind, draw_state(z, rng), z, rng)) for kind in asked]
+    return [(_ask("summary", rng), summary, SLOPE * float(z[-1])), *others]
+
+
 @dataclass
 class Packed:
     """One image's row: token ids with -1 where an image row stands, block of each position, and the targets.
@@ -162,16 +189,16 @@ class Packed:
     targets: Targets
 
 
-def pack(z: np.ndarray, rng: random.Random, tokens: Tokenizer, copies: int = 0) -> Packed:
+def pack(z: np.ndarray, rng: random.Random, tokens: Tokenizer, copies: int = 0, plain: bool = False) -> Packed:
     """Image rows and blocks of exchanges, one summary with a second turn in half of them.
 
-    `copies` adds summaries that have nothing to do with the image, of which only the impression is learned: it has to
-    follow the findings as written.
+    `plain` takes `plain_exchanges`. `copies` adds summaries that have nothing to do with the image, of which only the
+    impression is learned: it has to follow the findings as written.
     """
     ids = [*tokens.before, *[-1] * IMAGE_ROWS]
     row = Packed(ids, [0] * len(ids), list(range(len(ids))), [])
     prefix = len(ids)
-    for number, (question, text, margin) in enumerate(exchanges(z, rng)):
+    for number, (question, text, margin) in enumerate((plain_exchanges if plain else exchanges)(z, rng)):
         turn = tokens.piece(AFTER.format(question=question))
         _say(row, turn, text, margin, len(row.ids), tokens)
         if number == 0 and rng.random() < 0.5:
@@ -193,7 +220,9 @@ def pack(z: np.ndarray, rng: random.Random, tokens: Tokenizer, copies: int = 0) 
             _say(row, turn, _follow(kind, state, rng), None, len(row.ids), tokens)
         _append(row, turn, prefix)
     for _ in range(copies):
-        text = lang.write_report(draw_state(sample_evidence(rng), rng), rng)
+        spelled = rng.random() < 0.15  # nothing named though the image may say so: a greedy answer can come here
+        state = lang.State(True) if spelled else draw_state(sample_evidence(rng), rng)
+        text = lang.write_report(state, rng, spelled=spelled)
         turn = tokens.piece(AFTER.format(question=_ask("summary", rng)))
         heard = len(turn) + len(tokens.continuation(text[: text.index(" Impression:")]))
         base, before = len(row.ids), len(row.targets)

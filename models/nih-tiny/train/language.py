@@ -218,9 +218,11 @@ def parse_report(text: str) -> Reading:
     impression = _merge(_sentences(match[2], "Impression"), _impression_claims(), "the impression")
     if ABNORMAL not in findings:
         raise LanguageError("The findings do not say whether the radiograph is normal.")
-    for finding in (*FINDINGS, ABNORMAL, UNSPECIFIC):
+    for finding in (*FINDINGS, ABNORMAL):
         if findings.get(finding, False) != impression.get(finding, False):
             raise LanguageError(f"Findings and impression differ on {finding}.")
+    if findings.get(UNSPECIFIC) and not impression.get(UNSPECIFIC):
+        raise LanguageError(f"Findings and impression differ on {UNSPECIFIC}.")
     reading = _consistent({**impression, **findings})
     if reading.abnormal and not reading.present and not reading.claims.get(UNSPECIFIC):
         raise LanguageError("Called abnormal, and nothing said of why.")
@@ -283,10 +285,10 @@ def write_impression(state: State, rng: random.Random) -> str:
     return "Impression: " + " ".join(said)
 
 
-def write_report(state: State, rng: random.Random) -> str:
-    """A whole summary of `state`."""
+def write_report(state: State, rng: random.Random, *, spelled: bool = False) -> str:
+    """A whole summary of `state`; `spelled` lists what is clear where nothing abnormal is named."""
     said = [_pick(rng, STATEMENT[state.abnormal])]
-    if state.abnormal and not state.present:
+    if state.abnormal and not state.present and not spelled:
         said.append(_pick(rng, UNNAMED))
     else:
         said += _heart(state, rng) + _lungs(state, rng) + _pleura(state, rng)

@@ -101,22 +101,31 @@ def new_projector(evidence: Evidence, image_map: nn.Linear) -> nn.Linear:
     return projector
 
 
-def on_images(features: Tensor, evidence: Evidence) -> Source:
-    """A `Source` of real features: half of the images abnormal by their evidence.
+def on_images(features: Tensor, evidence: Evidence, *, made: float, jitter: float, abnormal: float) -> Source:
+    """A `Source` of real features.
 
-    Half of them are moved along the directions that the heads read, so that rare findings and every range of evidence
-    are seen on the scatter of real images.
+    Features are moved along the directions that the heads read, so that rare findings and every range of evidence are
+    seen on the scatter of real images.
+
+    Parameters
+    ----------
+    made
+        Share of images whose evidence is replaced by made-up evidence.
+    jitter
+        Standard deviation of what is added to the evidence of the others.
+    abnormal
+        Share of images whose own evidence is abnormal.
     """
     found = torch.cat([evidence(part.float().mean(1)) for part in features.split(2048)]).numpy()
-    groups = [np.flatnonzero(found[:, -1] > 0), np.flatnonzero(found[:, -1] <= 0)]
+    groups = [np.flatnonzero(found[:, -1] <= 0), np.flatnonzero(found[:, -1] > 0)]
     inverse = torch.linalg.pinv(evidence.weight)
 
     def source(rng: random.Random, n: int) -> tuple[Tensor, np.ndarray]:
-        rows = [int(groups[k % 2][rng.randrange(len(groups[k % 2]))]) for k in range(n)]
+        rows = [int(rng.choice(groups[rng.random() < abnormal])) for _ in range(n)]
         inputs, wanted = features[rows].float(), found[rows].copy()
         for k in range(n):
-            if rng.random() < 0.5:
-                wanted[k] = sample_evidence(rng)
+            drawn = rng.random() < made
+            wanted[k] = sample_evidence(rng) if drawn else [value + rng.gauss(0, jitter) for value in wanted[k]]
         shift = torch.from_numpy(wanted - found[rows]) @ inverse.T
         return inputs + shift[:, None], wanted
 

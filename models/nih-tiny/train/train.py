@@ -35,6 +35,7 @@ WIDTH = 192
 LANGUAGE_STEPS, LANGUAGE_RATE = 900, 2e-3
 COPY_STEPS, COPY_RATE = 350, 1.5e-3
 IMAGE_STEPS, IMAGE_RATE = 350, 8e-4
+PLAIN_STEPS, PLAIN_RATE = (450, 450, 200, 400, 350), 1e-3
 
 
 def towers(data: Path, work: Path) -> tuple[GridEncoder, Split, Split]:
@@ -69,9 +70,15 @@ def images(work: Path, encoder: GridEncoder, train: Split, val: Split) -> tuple[
     labels = torch.from_numpy(val.labels).repeat(2, 1).numpy()
     evidence = calibrate(encoder, seen, labels)
     projector = new_projector(evidence, image_map)
-    source = on_images(cached_features(encoder, train.images[::2], work / "features.pt"), evidence)
-    path = work / "images.pt"
+    features = cached_features(encoder, train.images[::2], work / "features.pt")
+    path, source = work / "images.pt", on_images(features, evidence, made=0.5, jitter=0.0, abnormal=0.5)
     learn(decoder, projector, tokens, source, path, steps=IMAGE_STEPS, rate=IMAGE_RATE, seed=SEED + 2, copies=1)
+    source = on_images(features, evidence, made=0.2, jitter=0.3, abnormal=0.8)
+    for n, steps in enumerate(PLAIN_STEPS):
+        learn(
+            decoder, projector, tokens, source, work / f"plain{n}.pt",
+            steps=steps, rate=PLAIN_RATE, seed=SEED + 3 + n, copies=min(1 + n, 2), plain=True,
+        )  # fmt: skip
     return decoder, projector
 
 
