@@ -40,6 +40,10 @@ UNNAMED = (
     "Findings: The radiograph is abnormal. No single finding stands out. "
     "Impression: Abnormal radiograph without a specific finding."
 )
+SPELLED = (
+    "Findings: The radiograph is abnormal. The heart is not enlarged. The lungs are clear. "
+    "There is no pleural effusion or pneumothorax. Impression: Abnormal radiograph without a specific finding."
+)
 BAD = {
     "empty": "",
     "white space": "   ",
@@ -89,6 +93,9 @@ BAD = {
     "unspecific only in findings": UNNAMED.replace(
         "Abnormal radiograph without a specific finding.", "No acute abnormality."
     ),
+    "nothing named, named impression": SPELLED.replace("Abnormal radiograph without a specific finding.", "Emphysema."),
+    "named, unspecific impression": ABNORMAL.split("Cardiomegaly.")[0]
+    + "Abnormal radiograph without a specific finding.",
     "findings sentence in impression": NORMAL.replace("No acute abnormality.", "The lungs are clear."),
     "impression sentence in findings": NORMAL.replace("The lungs are clear.", "Normal chest radiograph."),
     "cut off": ABNORMAL[:-9],
@@ -102,6 +109,8 @@ def test_a_report_is_read_back_as_it_was_meant(state: object, seed: int) -> None
     reading = language.parse_report(text)
     assert (reading.abnormal, reading.present) == (state.abnormal, state.present)  # type: ignore[attr-defined]
     assert language.parse(text) == reading
+    spelled = language.parse_report(language.write_report(state, random.Random(seed), spelled=True))
+    assert (spelled.abnormal, spelled.present) == (reading.abnormal, reading.present)
 
 
 @settings(deadline=None)
@@ -130,7 +139,7 @@ def test_normal_and_abnormal_are_asked_either_way(abnormal: bool, asked: bool) -
     assert language.parse(text).abnormal is abnormal
 
 
-@pytest.mark.parametrize("text", [NORMAL, ABNORMAL, UNNAMED])
+@pytest.mark.parametrize("text", [NORMAL, ABNORMAL, UNNAMED, SPELLED])
 def test_the_examples_that_the_bad_texts_are_made_from_are_good(text: str) -> None:
     language.parse_report(text)
 
