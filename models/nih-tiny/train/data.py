@@ -22,7 +22,7 @@ FINDINGS = (
 
 @dataclass(frozen=True)
 class Split:
-    """One split: images uint8 (n, S, S), 0 = black; labels float32 (n, 15); side float32 (n, 3): AP, male, age / 100."""
+    """One split: images uint8 (n, S, S), 0 = black; labels and side (AP, male, age / 100) float32 (n, 15), (n, 3)."""
 
     images: np.ndarray
     labels: np.ndarray

@@ -1,7 +1,7 @@
 """Stage (a): train the towers of the encoder on the findings, one after another, resumably.
 
-Each tower is a classifier of its own: mean over the grid, one linear layer, 15 sigmoid outputs, and view, sex and age as
-side tasks. What is kept is an exponential moving average of its weights.
+Each tower is a classifier of its own: mean over the grid, one linear layer, 15 sigmoid outputs, and view, sex and age
+as side tasks. What is kept is an exponential moving average of its weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from data import FINDINGS, Split, auc
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from xraygpt_lite.converters.families.nih_tiny import GridEncoder
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,14 @@ def macro(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
     return float(np.nanmean(each)), auc(labels[:, -1], scores[:, -1])
 
 
-def train_tower(index: int, train: Split, val: Split, path: Path, seed: int, epochs: int, batch: int = 64) -> None:
-    """Train tower `index` and save {"tower", "head", …} at `path`; continue from the last epoch where a run was cut."""
+def train_tower(
+    index: int, train: Split, val: Split, path: Path, seed: int, cycles: tuple[int, ...], batch: int = 64
+) -> None:
+    """Train tower `index` and save it at `path` after every epoch; continue from there where a run was cut.
+
+    `cycles` are epochs of one learning-rate cycle each. The first begins at 96 pixels, for most of the learning at half
+    the cost; a later one restarts from the averaged weights, at 128 pixels and half the rate.
+    """
     torch.manual_seed(seed + index)
     source = GridEncoder(towers=1)
     model = nn.ModuleDict({"tower": source.towers[0], "head": source.heads[0], "drop": nn.Dropout(0.3)})
@@ -96,10 +103,11 @@ def train_tower(index: int, train: Split, val: Split, path: Path, seed: int, epo
         [{"params": weights, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=2e-3
     )
     steps = len(train.images) // batch
-    total, start, seconds = steps * epochs, 0, 0.0
+    ends = np.cumsum(cycles)
+    start, seconds = 0, 0.0
     if path.exists():
         state = torch.load(path, weights_only=True)
-        if state["epoch"] >= epochs:
+        if state["epoch"] >= ends[-1]:
             return
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
@@ -108,16 +116,22 @@ def train_tower(index: int, train: Split, val: Split, path: Path, seed: int, epo
     images = normalize(train.images)
     labels = torch.from_numpy(train.labels)
     side = torch.from_numpy(train.side)
-    for epoch in range(start, epochs):
+    for epoch in range(start, int(ends[-1])):
+        cycle = int(np.searchsorted(ends, epoch, side="right"))
+        first = int(ends[cycle]) - cycles[cycle]
+        if cycle and epoch == first:
+            model.load_state_dict(average.state_dict())
+            optimizer.state.clear()
+        peak, total = (2e-3, 1e-3)[bool(cycle)], steps * cycles[cycle]
+        size = 96 if epoch < 0.65 * cycles[0] else 128
         generator = torch.Generator().manual_seed(1000 * (seed + index) + epoch)
         began, losses = time.monotonic(), []
-        size = 96 if epoch < 0.65 * epochs else 128  # small first: most of the learning at half the cost
         model.train()
         order = torch.randperm(len(images), generator=generator)
         for step in range(steps):
-            now = epoch * steps + step
+            now = (epoch - first) * steps + step
             for group in optimizer.param_groups:
-                group["lr"] = 2e-3 * min(1, now / 300) * 0.5 * (1 + math.cos(math.pi * now / total))
+                group["lr"] = peak * min(1, now / 300) * 0.5 * (1 + math.cos(math.pi * now / total))
             rows = order[step * batch : (step + 1) * batch]
             x, y, z = augment(images[rows], size, generator), labels[rows], side[rows]
             mix = torch.distributions.Beta(0.3, 0.3).sample((len(rows), 1)).clamp(0, 1)
@@ -134,14 +148,15 @@ def train_tower(index: int, train: Split, val: Split, path: Path, seed: int, epo
             optimizer.step()
             losses.append(float(loss.detach()))
             with torch.no_grad():
-                keep = min(0.998, (1 + now) / (10 + now))
+                seen = epoch * steps + step
+                keep = min(0.998, (1 + seen) / (10 + seen))
                 torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
                 for mean, value in zip(average.buffers(), model.buffers(), strict=True):
                     mean.copy_(value)
         seconds += time.monotonic() - began
         findings, normal = macro(val.labels, predict(average, val.images))
         log.info("tower %d epoch %d/%d loss %.4f val macro-AUC %.4f normal %.4f, %.0f s in all",
-                 index, epoch + 1, epochs, float(np.mean(losses)), findings, normal, seconds)  # fmt: skip
+                 index, epoch + 1, ends[-1], float(np.mean(losses)), findings, normal, seconds)  # fmt: skip
         part = path.with_suffix(".part")
         torch.save({"epoch": epoch + 1, "seconds": seconds, "model": model.state_dict(),
                     "average": average.state_dict(), "optimizer": optimizer.state_dict()}, part)  # fmt: skip
