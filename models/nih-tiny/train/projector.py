@@ -25,6 +25,9 @@ LABELS = len(EVIDENCE)
 CALLS = 1.3
 """A finding is called this many times as often as it is labelled: one more false than missed, not many."""
 
+SHARE = 0.5
+"""Weight of the findings' mean evidence in that of `abnormal`; chosen on val (AUC 0.754 → 0.756)."""
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -71,6 +74,33 @@ def calibrate(encoder: GridEncoder, features: Tensor, labels: np.ndarray) -> Evi
     thresholds = torch.stack([logits[:, n].quantile(1 - rates[n].clamp(0.002, 0.5)) for n in range(LABELS)])
     thresholds[-1] = _even_threshold(logits[:, -1].numpy(), labels[:, -1])
     return Evidence(weight / scale[:, None], (bias - thresholds) / scale)
+
+
+def with_findings(evidence: Evidence, features: Tensor, labels: np.ndarray) -> Evidence:
+    """The same, with the findings' mean evidence in that of `abnormal`: what speaks for any of them speaks for it.
+
+    Scale and threshold of `abnormal` are set anew on val, features (n, 16, F) and labels (n, 15).
+    """
+    weight, bias = evidence.weight.clone(), evidence.bias.clone()
+    weight[-1] += SHARE * weight[:-1].mean(0)
+    bias[-1] += SHARE * bias[:-1].mean()
+    logits = F.linear(features.float().mean(1), weight[-1:], bias[-1:])[:, 0]
+    scale, threshold = logits.std(), _even_threshold(logits.numpy(), labels[:, -1])
+    weight[-1] /= scale
+    bias[-1] = (bias[-1] - threshold) / scale
+    return Evidence(weight, bias)
+
+
+def retarget(projector: nn.Linear, old: Evidence, new: Evidence) -> nn.Linear:
+    """Let the decoder, which learned to read `old` through this projector, read `new`: linear, so nothing is trained.
+
+    The pseudo-inverse of `old` gives the direction in features, and so in embeddings, that moves one evidence alone.
+    """
+    with torch.no_grad():
+        directions = projector.weight @ torch.linalg.pinv(old.weight)
+        projector.bias += directions @ (new.bias - old.bias)
+        projector.weight += directions @ (new.weight - old.weight)
+    return projector
 
 
 def _even_threshold(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -19,7 +19,16 @@ from data import Split, join, read
 from decoder import learn, made_up, new_decoder, new_image_map
 from dialogue import Tokenizer, train_tokenizer
 from encoder import train_tower
-from projector import cached_features, calibrate, features_of, join_towers, new_projector, on_images
+from projector import (
+    cached_features,
+    calibrate,
+    features_of,
+    join_towers,
+    new_projector,
+    on_images,
+    retarget,
+    with_findings,
+)
 from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -79,7 +88,7 @@ def images(work: Path, encoder: GridEncoder, train: Split, val: Split) -> tuple[
             decoder, projector, tokens, source, work / f"plain{n}.pt",
             steps=steps, rate=PLAIN_RATE, seed=SEED + 3 + n, copies=min(1 + n, 2), plain=True,
         )  # fmt: skip
-    return decoder, projector
+    return decoder, retarget(projector, evidence, with_findings(evidence, seen, labels))
 
 
 def export(work: Path, encoder: GridEncoder, decoder: LlamaForCausalLM, projector: nn.Linear, output: Path) -> None:
