@@ -79,7 +79,8 @@ def load(
     """
     cache = Cache(devices.cache_folder())
     checked = store.load(store.find(os.fspath(bundle) if bundle is not None else None), cache)
-    selftest.check(store.find(None) / "llm.gguf", cache)
+    # Always the default bundle's: it is small, and no other may decide what is remembered of this build of llama.cpp.
+    selftest.check(store.load(store.find(None), cache).llm, cache)
     return open_bundle(checked, device=device, threads=threads, context=context, sequences=sequences)
 
 

@@ -158,6 +158,19 @@ def test_a_projector_of_another_width_is_refused(made_bundle: Path, tmp_path: Pa
         store.load(tmp_path / "wide", Cache(None))
 
 
+def test_no_native_parser_sees_a_default_model_that_was_altered(
+    made_bundle: Path, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (bundle_copy / "llm.gguf").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"!")
+    find = store.find
+    monkeypatch.setattr(store, "find", lambda name: bundle_copy if name is None else find(name))
+    monkeypatch.setattr(models.selftest, "check", lambda *_: pytest.fail("the altered file was opened"))
+    with pytest.raises(BundleError, match=r"llm\.gguf"):
+        models.load(made_bundle)
+
+
 def test_after_close_everything_says_so(made_bundle: Path) -> None:
     opened = models.open_bundle(store.load(made_bundle, Cache(None)), threads=1)
     chat = opened.chat(IMAGES[0])
