@@ -158,6 +158,7 @@ def _draft(request: Request, parts: Parts, llama: LlamaFolder) -> Manifest:
         "width": width,
         "weight_types": {"vision": "f32", "projector": "f32", "llm": request.quant},
         "agreement": {},
+        "warnings": [],
         "files": [],
         "self_test": json.loads(json.dumps(asdict(_NO_SELF_TEST))),
     }

@@ -96,6 +96,7 @@ def plain_manifest(name: str = "tiny") -> Manifest:
         presets={"authors": GenerationOptions(temperature=1.0, top_p=0.9)},
         weight_types={"vision": "f32", "projector": "f32", "llm": "f32"},
         agreement={},
+        warnings=(),
         files=tuple(FileEntry(file, "0" * 64, 1) for file in manifest.REQUIRED_FILES),
         self_test=SelfTest(1, (0,), (1.0,), 0.01, "What do you see?", (5,), (2.0,), 1.0),
     )

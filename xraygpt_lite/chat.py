@@ -183,7 +183,7 @@ class ChatSession(Closing):
             text=clean(raw, self._manifest.prompt.keep_after),
             raw_text=raw,
             finish=generation.finish,
-            warnings=(*radiograph.warnings, *_length_warning(generation, sampling)),
+            warnings=(*self._manifest.warnings, *radiograph.warnings, *_length_warning(generation, sampling)),
             options=sampling,
             device=self._device,
             bundle_id=self._bundle_id,

@@ -157,6 +157,22 @@ class PromptVariant:
 
 
 @dataclass(frozen=True)
+class TaskSpec:
+    """A kind of question that a model was trained to be asked in its own form.
+
+    Attributes
+    ----------
+    template
+        What is asked: "{question}" stands for the caller's words, "{box}", if there, for a box's markup.
+    default_question
+        Asked when the caller asks nothing; "" where the task needs words of the caller's.
+    """
+
+    template: str
+    default_question: str
+
+
+@dataclass(frozen=True)
 class PromptSpec:
     """How a question is put to one model.
 
@@ -176,6 +192,12 @@ class PromptSpec:
         Asked when the caller asks nothing.
     findings
         What `score` may be asked by name; empty where the model was not trained for it.
+    tasks
+        Name → form of the question; empty where the model knows no tasks.
+    box_grid
+        Answers and questions may hold boxes `{<x0><y0><x1><y1>}` in so many parts of the image's sides; 0 where not.
+    replaced
+        Words in an answer → what a reader sees instead, as the authors have it.
     """
 
     variants: Mapping[str, PromptVariant]
@@ -186,6 +208,9 @@ class PromptSpec:
     refused: tuple[str, ...]
     default_question: str
     findings: tuple[FindingSpec, ...] = ()
+    tasks: Mapping[str, TaskSpec] = field(default_factory=dict)
+    box_grid: int = 0
+    replaced: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -206,6 +231,8 @@ class GenerationOptions:
         On generated tokens only; 1.0 switches it off. Last n = -1 means all of them.
     seed
         Of the sampler; the same seed gives the same text.
+    beams
+        Above 1: beam search with so many, which is deterministic and excludes sampling.
     stops
         Further stop strings, beside the bundle's.
     """
@@ -219,6 +246,7 @@ class GenerationOptions:
     repeat_penalty: float | None = None
     penalty_last_n: int | None = None
     seed: int | None = None
+    beams: int | None = None
     stops: tuple[str, ...] | None = None
 
 
@@ -231,6 +259,7 @@ OPTION_RANGES: Mapping[str, tuple[float, float]] = {
     "repeat_penalty": (0.01, 10),
     "penalty_last_n": (-1, 1_000_000),
     "seed": (0, 2**32 - 2),
+    "beams": (1, 10),
 }
 """Smallest and largest value of each number in `GenerationOptions` and `Sampling`."""
 
@@ -247,6 +276,7 @@ class Sampling:
     repeat_penalty: float = 1.0
     penalty_last_n: int = 64
     seed: int = 0
+    beams: int = 1
     stops: tuple[str, ...] = ()
     preset: str = "default"
 
@@ -296,6 +326,20 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class Box:
+    """A rectangle that an answer gives: what it is said to hold ("" where nothing is said), and its corners.
+
+    Corners are in pixels of the original image, edges and not centres of pixels: 0 <= x0 < x1 <= width, y downwards.
+    """
+
+    phrase: str
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+
+@dataclass(frozen=True)
 class Timings:
     """Seconds of each stage of one answer."""
 
@@ -328,6 +372,8 @@ class Summary:
     answer_tokens: int
     disclaimer: str
     findings: tuple[Finding, ...] = ()
+    task: str | None = None
+    boxes: tuple[Box, ...] = ()
     schema: str = field(default=RECORD_SCHEMA, kw_only=True)
 
 
@@ -414,6 +460,8 @@ class Manifest:
         Of "vision", "projector" and "llm", e.g. "f32", "int8", "q8_0".
     agreement
         What the converter measured: figure name → value.
+    warnings
+        Sentences that every answer carries, e.g. that a weight type was forced against what was measured.
     """
 
     schema: int
@@ -431,6 +479,7 @@ class Manifest:
     presets: Mapping[str, GenerationOptions]
     weight_types: Mapping[str, str]
     agreement: Mapping[str, float]
+    warnings: tuple[str, ...]
     files: tuple[FileEntry, ...]
     self_test: SelfTest
 

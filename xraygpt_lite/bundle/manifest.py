@@ -16,12 +16,33 @@ from xraygpt_lite.bundle import typed_json
 from xraygpt_lite.errors import BundleError
 from xraygpt_lite.values import OPTION_RANGES, GenerationOptions, Manifest, PromptSpec, Sampling
 
-SCHEMA = 1
+SCHEMA = 2
 FILE_NAME = "bundle.json"
 REQUIRED_FILES = ("vision.onnx", "projector.onnx", "llm.gguf")
 MAX_BYTES = 4 << 20
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+def _tasks_and_beams(raw: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 → 2: no tasks, no boxes, no replaced words, no warnings, one beam."""
+    new = {"tasks": {}, "box_grid": 0, "replaced": {}}
+    presets = {name: {**_object(preset), "beams": None} for name, preset in _object(raw.get("presets")).items()}
+    return {
+        **raw,
+        "prompt": {**new, **_object(raw.get("prompt"))},
+        "defaults": {"beams": 1, **_object(raw.get("defaults"))},
+        "presets": presets,
+        "warnings": [],
+    }
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """`value`, which an upgrade reads before it is checked."""
+    if not isinstance(value, dict):
+        raise BundleError(f"{FILE_NAME}: prompt, defaults and presets must be JSON objects")
+    return value
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _tasks_and_beams}
 """Schema n → the step that turns a manifest of schema n, as decoded JSON, into one of schema n + 1."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -165,6 +186,16 @@ def _prompt_problems(p: PromptSpec) -> Iterator[_Problem]:
             yield f"prompt.{part}", "holds an empty string, which every text contains"
     if not p.default_question.strip():
         yield "prompt.default_question", "is empty"
+    for name, task in p.tasks.items():
+        if not name or task.template.count("{question}") != 1 or task.template.count("{box}") > bool(p.box_grid):
+            yield (
+                f"prompt.tasks.{name}.template",
+                "must hold {question} once, and {box} at most once and with a box_grid",
+            )
+    if not 0 <= p.box_grid <= 10_000:
+        yield "prompt.box_grid", f"is {p.box_grid}; expected 0 to 10000"
+    if "" in p.replaced:
+        yield "prompt.replaced", "holds an empty string, which every text contains"
     if len({f.name for f in p.findings}) != len(p.findings):
         yield "prompt.findings", "names a finding twice"
     for i, finding in enumerate(p.findings):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,27 @@ def test_a_schema_without_a_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(manifest, "UPGRADES", {})
     with pytest.raises(BundleError, match="no longer read"):
         manifest.parse(change("schema", 1))
+
+
+def test_schema_1_had_no_tasks_beams_or_warnings(v1: dict[str, Any]) -> None:
+    read = manifest.parse(json.dumps(v1).encode())
+    assert (read.schema, read.warnings, read.defaults.beams) == (manifest.SCHEMA, (), 1)
+    assert (read.prompt.tasks, read.prompt.box_grid, read.prompt.replaced) == ({}, 0, {})
+
+
+@pytest.mark.parametrize("key", ["prompt", "defaults", "presets"])
+@pytest.mark.parametrize("value", [None, 3, [], {"greedy": 1}])
+def test_schema_1_that_is_no_manifest_is_refused(v1: dict[str, Any], key: str, value: Any) -> None:
+    with pytest.raises(BundleError):
+        manifest.parse(json.dumps({**v1, key: value}).encode())
+
+
+@pytest.fixture
+def v1() -> dict[str, Any]:
+    path = Path(__file__).parents[2] / "golden" / "bundles" / "v1" / manifest.FILE_NAME
+    raw: dict[str, Any] = json.loads(path.read_bytes())
+    assert raw["schema"] == 1
+    return raw
 
 
 def test_every_older_schema_has_a_step() -> None:
