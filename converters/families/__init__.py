@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from xraygpt_lite.converters.checkpoint import Checkpoint
+from xraygpt_lite.converters.lora import Lora
 from xraygpt_lite.errors import UsageError
 
 FAMILIES = {"xraygpt-paper": "xraygpt_paper", "nih-tiny": "nih_tiny"}
@@ -33,12 +34,15 @@ class Parts:
         Role → the checkpoint that was read.
     ignored
         Entries of those files that nothing uses, by name.
+    lora
+        What changes the language model, for a family whose checkpoint carries it.
     """
 
     vision: nn.Module
     projector: nn.Module
     sources: Mapping[str, Checkpoint]
     ignored: tuple[str, ...]
+    lora: Lora | None = None
 
 
 class Settings:
