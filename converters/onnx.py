@@ -66,7 +66,7 @@ def export(module: nn.Module, example: Tensor, path: Path, source: str, result: 
         The file cannot be written.
     """
     try:
-        with _quiet():
+        with quiet():
             if isinstance(module, PreTrainedModel):
                 export_with_optimum(module, _GraphConfig(module.config, example, source, result), path, opset=OPSET)
                 return
@@ -154,9 +154,9 @@ def _difference(seen: Float32, expected: Float32) -> float:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the exporters' advice to developers off the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("optimum", "torch.onnx")]
+    loggers = [logging.getLogger(name) for name in ("", "optimum", "torch.onnx")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")

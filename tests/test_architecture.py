@@ -26,19 +26,20 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("cli",),  # parse, call, print
     ("serve", "viewer"),
     ("converters",),  # they check what they made by running it, so they stand above what runs
-    ("report", "batch", "bench", "verify", "evaluate", "doctor"),
+    ("report", "batch", "bench", "compare", "verify", "evaluate", "doctor"),
     ("__init__",),  # the public names
     ("model",),  # the main path
     ("chat",),
     ("vision", "llm", "imaging", "prompt", "answer", "options"),
-    ("bundle",),
+    ("bundle", "boxes"),
     ("device", "cache"),
-    ("models",),  # data: the default bundle, templates and cards
+    ("examples", "models"),  # data: synthetic radiographs; the default bundle, templates and cards
     ("values", "errors", "closing"),
 )
 
 # Narrower than the rows: what these rooms may import at all.
 ONLY: dict[str, set[str]] = {
+    "examples": set(),
     "models": set(),
     "values": set(),
     "errors": set(),
@@ -46,7 +47,8 @@ ONLY: dict[str, set[str]] = {
     "vision": {"values", "errors"},  # given a DevicePlan, chooses nothing
     "llm": {"cache", "values", "errors", "closing"},  # the same; the cache keeps the self-test's verdict
     "imaging": {"values", "errors"},
-    "chat": {"llm", "prompt", "answer", "options", "values", "errors", "closing"},
+    "boxes": {"values", "errors"},
+    "chat": {"llm", "prompt", "answer", "boxes", "options", "values", "errors", "closing"},
     "report": {"values", "errors"},  # renders finished records
 }
 
@@ -57,9 +59,10 @@ LAZY_GUESTS: dict[str, set[str]] = {"converters": {"cli/convert.py"}}
 FOREIGN: dict[str, set[str]] = {
     "onnxruntime": {"vision.py"},
     "onnxruntime.quantization": {"converters/"},
+    "onnxruntime.transformers": {"converters/"},  # its float16 graphs
     "llama_cpp": {"llm/"},
     "pydicom": {"imaging/dicom.py"},
-    "PIL": {"imaging/"},
+    "PIL": {"imaging/", "report/overlay.py"},
     "click": {"cli/"},
     "platformdirs": {"device.py", "bundle/store.py"},
     "torch": {"converters/"},
@@ -162,7 +165,8 @@ class Import:
 @cache
 def modules() -> tuple[Module, ...]:
     """Every file that is installed, under its installed path."""
-    places = {"": ROOT / PACKAGE, "converters/": ROOT / "converters", "models/": ROOT / "models"}
+    places = {"": ROOT / PACKAGE, "converters/": ROOT / "converters", "examples/": ROOT / "examples",
+              "models/": ROOT / "models"}  # fmt: skip
     found = []
     for prefix, folder in places.items():
         for file in sorted(folder.rglob("*.py")):

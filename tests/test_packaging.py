@@ -22,7 +22,10 @@ from packaging.utils import canonicalize_name
 import xraygpt_lite
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = {"xraygpt_lite": "xraygpt_lite", "xraygpt_lite.converters": "converters", "xraygpt_lite.models": "models"}
+SOURCES = {
+    "xraygpt_lite": "xraygpt_lite",
+    **{f"xraygpt_lite.{folder}": folder for folder in ("converters", "examples", "models")},
+}
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "wheel-check"
 EXAMPLE = ROOT / "examples" / "synthetic-cr-monochrome1.dcm"
 PACKAGE = "xraygpt_lite"
-REPOSITORY_ONLY = {"tests", "tools", "benchmarks", "examples", "docs", "train"}
+REPOSITORY_ONLY = {"tests", "tools", "benchmarks", "docs", "train"}
 
 # Run by the empty environment's own Python: what is installed there, and under which licence.
 INVENTORY = """
@@ -84,8 +84,9 @@ def check_contents(wheel: Path) -> None:
     expect(not strays, f"{wheel.name} carries files of the repository: {strays[:5]}")
     check_licence(metadata, f"{info}/licenses/LICENSE" in names)
     shipped = [path for path in (ROOT / "models").glob("*/bundle/*") if path.is_file()]
+    shipped += [path for path in (ROOT / "examples").glob("synthetic-*") if path.is_file()]
     expect(bool(shipped), "models/*/bundle/ is empty: there is no default bundle to ship")
-    wanted = {f"{PACKAGE}/models/{path.relative_to(ROOT / 'models').as_posix()}" for path in shipped}
+    wanted = {f"{PACKAGE}/{path.relative_to(ROOT).as_posix()}" for path in shipped}
     wanted |= {f"{PACKAGE}/py.typed", f"{PACKAGE}/converters/__init__.py", f"{PACKAGE}/models/__init__.py"}
     missing = sorted(wanted - set(names))
     expect(not missing, f"{wheel.name} lacks {missing}")

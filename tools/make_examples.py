@@ -1,6 +1,6 @@
 """Makes the synthetic radiographs of this folder: samples from an eigen-radiograph model, no patient's picture.
 
-    python examples/make_examples.py --data ../shared/data/nih-chestxray14 [--output examples]
+    python tools/make_examples.py --data ../shared/data/nih-chestxray14 [--output examples]
 
 The model: principal components of aligned PA chest radiographs of the train split (128 x 128, grey). A sample is the
 mean picture plus every component times a random number, shrunken towards the mean; it is then enlarged and given fine
@@ -251,7 +251,7 @@ def jpeg2000(picture: Float) -> FileDataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the synthetic radiographs of this folder.")
     parser.add_argument("--data", type=Path, required=True, help="folder with nih128.zip and nih128.csv")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "examples")
     arguments = parser.parse_args()
     model = fit(arguments.data)
     picture, nearness = sample(model, PNG)

@@ -1,0 +1,54 @@
+"""A float32 vision graph in a smaller weight type.
+
+int8 is dynamic: weights of MatMul and Gemm in 8 bits with a scale for each output channel, activations rounded as they
+come. float16 is for GPUs; on a CPU it saves space and no time. Whether the result is good enough is measured by
+`compare`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from xraygpt_lite.converters.onnx import quiet
+from xraygpt_lite.errors import ConversionError
+
+VISION_TYPES = ("f32", "f16", "int8")
+QUANTIZED = ("MatMul", "Gemm")
+_ONE_FILE = 2**31 - 2**24
+"""protobuf's limit of 2 GiB on one file, with room for what is not weights."""
+
+
+def shrink(source: Path, target: Path, kind: str) -> None:
+    """Write a float32 graph with its weights as `kind`, one of `VISION_TYPES`.
+
+    Raises
+    ------
+    ConversionError
+        int8 was asked for and the graph has no MatMul or Gemm whose weights it could make smaller.
+    OSError
+        The file cannot be written.
+    """
+    if kind == "f32":
+        shutil.copyfile(source, target)
+        return
+    large = sum(path.stat().st_size for path in source.parent.glob(source.name + "*")) > _ONE_FILE
+    if kind == "f16":
+        onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
+        return
+    graph = onnx.load(source, load_external_data=False).graph
+    constant = {weight.name for weight in graph.initializer}
+    if not any(node.op_type in QUANTIZED and constant & set(node.input) for node in graph.node):
+        raise ConversionError(
+            f"--vision-type int8 makes the weights of {' and '.join(QUANTIZED)} smaller, and this encoder has none; "
+            "use f32"
+        )
+    with quiet():
+        quantize_dynamic(
+            source, target, op_types_to_quantize=list(QUANTIZED), per_channel=True, weight_type=QuantType.QInt8,
+            use_external_data_format=large, extra_options={"MatMulConstBOnly": True},
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Data, no code: synthetic radiographs to try the program with, and to compare bundles on."""
