@@ -1,19 +1,23 @@
 """Torch modules → ONNX graphs with a free batch axis, and the proof that they compute the same.
 
-Networks of `transformers` go through `optimum`, which patches what cannot be traced and gathers weights above 2 GB in
-one file; plain modules go to torch's exporter directly.
+A network that is one of `transformers`' goes through `optimum`, which patches what cannot be traced; modules that are
+made of several parts go to torch's exporter directly. Weights above protobuf's limit lie in one further file.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import onnx
 import torch
 from optimum.exporters.onnx import export as export_with_optimum
 from optimum.exporters.onnx.config import VisionOnnxConfig
@@ -27,6 +31,12 @@ from xraygpt_lite.values import Bundle, DevicePlan, Float32, Pixels, Placement
 from xraygpt_lite.vision import Encoder
 
 OPSET = 17
+LARGEST_GRAPH = 2**31 - 2**24
+"""Bytes of a graph with its weights in it: protobuf ends at 2 GiB, and a quantizer needs some room."""
+
+SMALL, PAGE = 1024, 4096
+"""Bytes: smaller tensors stay in the graph; larger ones begin at a multiple of `PAGE`, so that they can be mapped."""
+
 TOLERANCE = 1e-4
 """Largest |graph - torch|, relative to the largest |torch| where that exceeds 1."""
 
@@ -58,6 +68,8 @@ class _GraphConfig(VisionOnnxConfig):  # type: ignore[misc]
 def export(module: nn.Module, example: Tensor, path: Path, source: str, result: str) -> None:
     """Write one module's graph; `source` and `result` name its input, which `forward` names alike, and its output.
 
+    What exceeds `LARGEST_GRAPH` has its weights in one file beside it, named after it with "_data".
+
     Raises
     ------
     ConversionError
@@ -65,25 +77,67 @@ def export(module: nn.Module, example: Tensor, path: Path, source: str, result: 
     OSError
         The file cannot be written.
     """
-    try:
-        with quiet():
-            if isinstance(module, PreTrainedModel):
-                export_with_optimum(module, _GraphConfig(module.config, example, source, result), path, opset=OPSET)
-                return
-            torch.onnx.export(
-                module,
-                (example,),
-                str(path),
-                input_names=[source],
-                output_names=[result],
-                dynamic_axes={source: {0: "batch"}, result: {0: "batch"}},
-                opset_version=OPSET,
-                dynamo=False,
-            )
-    except RuntimeError as error:
-        raise ConversionError(
-            f"{path.name} could not be exported: {(str(error).splitlines() or [''])[0][:300]}"
-        ) from error
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        try:
+            with quiet():
+                _export(module, example, draft, source, result)
+        except RuntimeError as error:
+            raise ConversionError(
+                f"{path.name} could not be exported: {(str(error).splitlines() or [''])[0][:300]}"
+            ) from error
+        _place(draft, path)
+
+
+def _export(module: nn.Module, example: Tensor, path: Path, source: str, result: str) -> None:
+    if isinstance(module, PreTrainedModel):
+        export_with_optimum(module, _GraphConfig(module.config, example, source, result), path, opset=OPSET)
+        return
+    torch.onnx.export(
+        module,
+        (example,),
+        str(path),
+        input_names=[source],
+        output_names=[result],
+        dynamic_axes={source: {0: "batch"}, result: {0: "batch"}},
+        opset_version=OPSET,
+        dynamo=False,
+    )
+
+
+def _place(draft: Path, path: Path) -> None:
+    """Move a graph out of the folder it was exported to, which an exporter may have filled with a file a tensor."""
+    if sum(file.stat().st_size for file in draft.parent.iterdir()) <= LARGEST_GRAPH:
+        draft.rename(path)
+        return
+    model = onnx.load(draft, load_external_data=False)
+    attributes = [each for node in model.graph.node for each in node.attribute]
+    data = path.with_name(f"{path.name}_data")
+    with data.open("wb") as target:
+        for tensor in [*model.graph.initializer, *(each.t for each in attributes if each.HasField("t"))]:
+            _move(tensor, draft.parent, target, data.name)
+    onnx.save(model, path)
+
+
+def _move(tensor: onnx.TensorProto, folder: Path, target: BinaryIO, name: str) -> None:
+    """Append a tensor's bytes to the one file, which is called `name`, unless it is small."""
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    if "location" not in where and len(tensor.raw_data) < SMALL:
+        return
+    target.write(bytes(-target.tell() % PAGE))
+    offset = target.tell()
+    if "location" in where:
+        stored = folder / where["location"]
+        with stored.open("rb") as source:
+            shutil.copyfileobj(source, target, 1 << 24)
+        stored.unlink()  # each holds one tensor, and the disk need not hold all of them twice
+    else:
+        target.write(tensor.raw_data)
+    tensor.ClearField("raw_data")
+    del tensor.external_data[:]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", name), ("offset", str(offset)), ("length", str(target.tell() - offset))):
+        tensor.external_data.add(key=key, value=value)
 
 
 def export_parts(parts: Parts, size: int, folder: Path) -> None:
@@ -108,8 +162,27 @@ def shape_of_tokens(parts: Parts, size: int) -> tuple[int, int]:
     return int(shape[1]), int(shape[2])
 
 
-def agreement(parts: Parts, bundle: Bundle) -> dict[str, float]:
-    """Run the graphs beside torch on fixed inputs, one image and three together.
+@dataclass(frozen=True)
+class Reference:
+    """What torch gives for the fixed inputs: pixels (B, 3, S, S) → features (B, N, F) → embeddings (B, N, E)."""
+
+    pixels: Pixels
+    features: Float32
+    embeddings: Float32
+
+
+def reference(parts: Parts, size: int) -> tuple[Reference, ...]:
+    """Run torch on fixed inputs, one image and three together; the networks can be unloaded then."""
+    found = []
+    for batch in BATCHES:
+        pixels = _pixels(batch, size)
+        features = parts.vision(torch.from_numpy(pixels.data))
+        found.append(Reference(pixels, features.numpy(), parts.projector(features).numpy()))
+    return tuple(found)
+
+
+def agreement(references: tuple[Reference, ...], bundle: Bundle) -> dict[str, float]:
+    """Run the graphs on the inputs that torch was run on.
 
     Returns
     -------
@@ -124,14 +197,14 @@ def agreement(parts: Parts, bundle: Bundle) -> dict[str, float]:
     worst = {"features_max_difference": 0.0, "embeddings_max_difference": 0.0}
     encoder = Encoder(bundle, DevicePlan())
     try:
-        for batch in BATCHES:
-            pixels = _pixels(batch, bundle.manifest.image.size)
-            features = parts.vision(torch.from_numpy(pixels.data))
-            embeddings = parts.projector(features)
-            seen = {"features": encoder.features(pixels), "embeddings": encoder.encode(pixels).data}
-            for name, expected in (("features", features.numpy()), ("embeddings", embeddings.numpy())):
+        for each in references:
+            features, embeddings = encoder.features(each.pixels), encoder.encode(each.pixels).data
+            for name, seen, expected in (
+                ("features", features, each.features),
+                ("embeddings", embeddings, each.embeddings),
+            ):
                 key = f"{name}_max_difference"
-                worst[key] = max(worst[key], _difference(seen[name], expected))
+                worst[key] = max(worst[key], _difference(seen, expected))
     finally:
         encoder.close()
     for key, value in worst.items():

@@ -188,6 +188,7 @@ def _steps(path: Path, device: str, opened: ExitStack) -> Iterator[tuple[str, Ca
 
     def header() -> str:
         store.check_llm(path, found["bundle"].manifest)
+        store.check_graphs(path, found["bundle"].manifest)
         return f"both have the width {found['bundle'].manifest.width}"
 
     def native() -> str:

@@ -6,8 +6,9 @@ A family's `load` turns its files into two torch modules; everything after that 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -16,7 +17,13 @@ from xraygpt_lite.converters.checkpoint import Checkpoint
 from xraygpt_lite.converters.lora import Lora
 from xraygpt_lite.errors import UsageError
 
-FAMILIES = {"xraygpt-paper": "xraygpt_paper", "nih-tiny": "nih_tiny"}
+FAMILIES = {
+    "xraygpt": "xraygpt",
+    "minigpt4": "minigpt4",
+    "minigpt-med": "minigpt_med",
+    "xraygpt-paper": "xraygpt_paper",
+    "nih-tiny": "nih_tiny",
+}
 """Family → its module here."""
 
 
@@ -36,6 +43,8 @@ class Parts:
         Entries of those files that nothing uses, by name.
     lora
         What changes the language model, for a family whose checkpoint carries it.
+    image_size
+        Side of the square input that the networks were made for, pixels; None is the template's.
     """
 
     vision: nn.Module
@@ -43,6 +52,11 @@ class Parts:
     sources: Mapping[str, Checkpoint]
     ignored: tuple[str, ...]
     lora: Lora | None = None
+    image_size: int | None = None
+
+    def unloaded(self) -> Parts:
+        """The same without its networks, whose memory is free once nothing else holds them."""
+        return replace(self, vision=nn.Identity(), projector=nn.Identity())
 
 
 class Settings:
@@ -73,6 +87,25 @@ class Settings:
                 f"--set {key}={self._given[key]}: expected positive integers with commas between, as in 3,6,12,24"
             )
         return values
+
+    def integer(self, key: str) -> int | None:
+        """One positive integer, or None where the key was not given."""
+        values = self.integers(key)
+        if values is not None and len(values) != 1:
+            raise UsageError(f"--set {key}={self._given[key]}: expected one positive integer")
+        return None if values is None else values[0]
+
+    def number(self, key: str) -> float | None:
+        """One positive number, or None where the key was not given."""
+        if key not in self._given:
+            return None
+        try:
+            value = float(self._given[key])
+        except ValueError:
+            value = 0.0
+        if not 0 < value < math.inf:
+            raise UsageError(f"--set {key}={self._given[key]}: expected one positive number, as in 16")
+        return value
 
 
 class Projector(nn.Module):

@@ -126,8 +126,8 @@ def load(inputs: Mapping[str, Path], width: int, settings: Mapping[str, str]) ->
     """
     Settings(settings, ())
     vision, checkpoint = Checkpoint(inputs["vision"]), Checkpoint(inputs["checkpoint"])
-    expect(vision, "--vision", "nih-tiny", "grid")
-    expect(checkpoint, "--checkpoint", "nih-tiny", "grid-projector")
+    expect(vision, "--vision", "nih-tiny")
+    expect(checkpoint, "--checkpoint", "nih-tiny")
     widths, blocks, towers = _sizes(vision)
     encoder = GridEncoder(widths, blocks, towers)
     names = {name: name for name in encoder.state_dict() if not re.search(r"^heads\.|num_batches_tracked$", name)}

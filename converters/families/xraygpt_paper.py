@@ -14,8 +14,9 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel, ResNetPreTrainedModel, SwinConfig, SwinModel, SwinPreTrainedModel
 
-from xraygpt_lite.converters.checkpoint import Checkpoint, fill
-from xraygpt_lite.converters.families import Parts, Projector, Settings
+from xraygpt_lite.converters.checkpoint import Checkpoint, fill, shape
+from xraygpt_lite.converters.families import Parts, Settings
+from xraygpt_lite.converters.families.linear import projector
 from xraygpt_lite.converters.recognise import expect
 from xraygpt_lite.errors import ConversionError
 
@@ -64,42 +65,21 @@ def load(inputs: Mapping[str, Path], width: int, settings: Mapping[str, str]) ->
     """
     chosen = Settings(settings, SETTINGS)
     vision, checkpoint = Checkpoint(inputs["vision"]), Checkpoint(inputs["checkpoint"])
-    kind = expect(vision, "--vision", FAMILY, "medclip-swin", "medclip-resnet")
-    expect(checkpoint, "--checkpoint", FAMILY, "linear")
+    kind = expect(vision, "--vision", FAMILY)
+    expect(checkpoint, "--checkpoint", FAMILY)
     heads = chosen.integers("vision.num_heads")
     encoder, features, ignored = _swin(vision, heads) if kind == "medclip-swin" else _resnet(vision, heads)
-    projector, unused = _linear(checkpoint, features, width)
+    layer, unused = projector(checkpoint, FAMILY, features, width)
     sources = {"vision": vision, "checkpoint": checkpoint}
-    return Parts(encoder, projector, sources, (*ignored, *unused))
-
-
-def _linear(source: Checkpoint, features: int, width: int) -> tuple[Projector, tuple[str, ...]]:
-    shape = source.shapes["llama_proj.weight"]
-    if len(shape) != 2 or shape[1] != features:
-        raise ConversionError(
-            f"'llama_proj.weight' of {source.path} has shape {shape} and the vision file gives {features} features: "
-            "this is the layer of another model (the released XrayGPT and MiniGPT-4 feed it from a Q-Former, "
-            f"MiniGPT-Med from joined patches); {FAMILY} expects (…, {features})"
-        )
-    if shape[0] % width:
-        raise ConversionError(
-            f"'llama_proj.weight' of {source.path} gives {shape[0]} values and the language model is {width} wide; "
-            "the layer belongs to a language model of another size"
-        )
-    bias = "llama_proj.bias" in source
-    linear = nn.Linear(features, shape[0], bias=bias)
-    names = {name: f"llama_proj.{name}" for name in (("weight", "bias") if bias else ("weight",))}
-    ignored = fill(linear, source, names)
-    return Projector(linear, width), ignored
+    return Parts(encoder, layer, sources, (*ignored, *unused))
 
 
 def _swin(source: Checkpoint, heads: tuple[int, ...] | None) -> tuple[nn.Module, int, tuple[str, ...]]:
-    patch = _shape(source, f"{ENCODER}embeddings.patch_embeddings.projection.weight", 4)
+    patch = shape(source, f"{ENCODER}embeddings.patch_embeddings.projection.weight", 4)
     layer = f"{ENCODER}encoder.layers."
     depths = _counts(source, re.escape(layer) + r"(\d+)\.blocks\.(\d+)\.")
     tables = [
-        _shape(source, f"{layer}{n}.blocks.0.attention.self.relative_position_bias_table", 2)
-        for n in range(len(depths))
+        shape(source, f"{layer}{n}.blocks.0.attention.self.relative_position_bias_table", 2) for n in range(len(depths))
     ]
     stored = tuple(table[1] for table in tables)
     if heads is not None and heads != stored:
@@ -114,10 +94,10 @@ def _swin(source: Checkpoint, heads: tuple[int, ...] | None) -> tuple[nn.Module,
         depths=list(depths),
         num_heads=list(stored),
         window_size=(math.isqrt(tables[0][0]) + 1) // 2,
-        mlp_ratio=_shape(source, f"{first}intermediate.dense.weight", 2)[0] / patch[0],
+        mlp_ratio=shape(source, f"{first}intermediate.dense.weight", 2)[0] / patch[0],
         qkv_bias=f"{first}attention.self.query.bias" in source,
     )
-    features = _shape(source, HEAD, 2)[0]
+    features = shape(source, HEAD, 2)[0]
     encoder = SwinEncoder(config, features)
     names = {f"model.{name}": ENCODER + name for name in encoder.model.state_dict() if not name.endswith("_index")}
     names["head.weight"] = HEAD
@@ -129,13 +109,13 @@ def _resnet(source: Checkpoint, heads: tuple[int, ...] | None) -> tuple[nn.Modul
         raise ConversionError(f"--set vision.num_heads was given and {source.path} is a ResNet, which has no heads")
     depths = _counts(source, re.escape(ENCODER) + r"layer(\d+)\.(\d+)\.", start=1)
     config = ResNetConfig(
-        num_channels=_shape(source, f"{ENCODER}conv1.weight", 4)[1],
-        embedding_size=_shape(source, f"{ENCODER}conv1.weight", 4)[0],
-        hidden_sizes=[_shape(source, f"{ENCODER}layer{n}.0.conv3.weight", 4)[0] for n in range(1, len(depths) + 1)],
+        num_channels=shape(source, f"{ENCODER}conv1.weight", 4)[1],
+        embedding_size=shape(source, f"{ENCODER}conv1.weight", 4)[0],
+        hidden_sizes=[shape(source, f"{ENCODER}layer{n}.0.conv3.weight", 4)[0] for n in range(1, len(depths) + 1)],
         depths=list(depths),
         layer_type="bottleneck",
     )
-    features = _shape(source, f"{ENCODER}fc.weight", 2)[0]
+    features = shape(source, f"{ENCODER}fc.weight", 2)[0]
     encoder = ResNetEncoder(config, features)
     names = {
         f"model.{name}": ENCODER + _torchvision(name)
@@ -161,15 +141,6 @@ def _torchvision(name: str) -> str:
     if number is None:
         return f"{where}downsample.{'0' if part == 'convolution' else '1'}.{value}"
     return f"{where}{'conv' if part == 'convolution' else 'bn'}{int(number) + 1}.{value}"
-
-
-def _shape(source: Checkpoint, name: str, dimensions: int) -> tuple[int, ...]:
-    shape = source.shapes.get(name)
-    if shape is None:
-        raise ConversionError(f"{source.path} lacks {name!r}; it is incomplete or of another model")
-    if len(shape) != dimensions or min(shape) < 1:
-        raise ConversionError(f"tensor {name!r} of {source.path} has shape {shape}; expected {dimensions} dimensions")
-    return shape
 
 
 def _counts(source: Checkpoint, pattern: str, start: int = 0) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Where bundles are, and whether one may be loaded: the checks that come before any native parser sees a file.
 
-It knows files, sizes and hashes, and of the model only what `bundle.json` and the GGUF header say. Whether the graphs
-give what is promised is checked by `vision` when they are opened, and by `verify`.
+It knows files, sizes and hashes, and of the model only what `bundle.json` and the GGUF header say, and which further
+files the graphs name. Whether the graphs give what is promised is checked by `vision` when they are opened, and by
+`verify`.
 
 A file's hash is remembered in the cache under its path, size, times and inode, because hashing 4 GB at every start
 would take seconds. Whoever can change a file and forge all of these can also replace this program; `verify` hashes
@@ -23,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import platformdirs
 
-from xraygpt_lite.bundle import gguf_header, manifest
+from xraygpt_lite.bundle import gguf_header, manifest, onnx_header
 from xraygpt_lite.cache import Cache
 from xraygpt_lite.errors import BundleError, UsageError
 from xraygpt_lite.values import Bundle, FileEntry, Manifest
@@ -88,7 +89,7 @@ def load(path: Path, cache: Cache) -> Bundle:
     """Check a bundle's folder and return it.
 
     The order: the folder and `bundle.json`, the manifest, every file's kind, name and size, every file's sha256, the
-    language model's header. Only then may a native library open a file.
+    language model's header, the files that graphs name. Only then may a native library open a file.
 
     Parameters
     ----------
@@ -104,6 +105,7 @@ def load(path: Path, cache: Cache) -> Bundle:
     for entry in parsed.files:
         check_hash(path, entry, cache)
     check_llm(path, parsed)
+    check_graphs(path, parsed)
     return Bundle(path, parsed, identity)
 
 
@@ -184,6 +186,23 @@ def check_llm(folder: Path, parsed: Manifest) -> None:
         used.extend((*variant.before_ids, *variant.next_turn_ids))
     if max(used) >= header.vocab:
         raise BundleError(f"{manifest.FILE_NAME} uses the token id {max(used)}, but llm.gguf has {header.vocab} tokens")
+
+
+def check_graphs(folder: Path, parsed: Manifest) -> None:
+    """Compare the files that graphs keep weights in with the bundle's list.
+
+    Raises
+    ------
+    BundleError
+        When a graph names a file that the bundle does not list, by whatever path, or is no ONNX graph.
+    """
+    allowed = {entry.name for entry in parsed.files} - set(manifest.REQUIRED_FILES)
+    for name in ("vision.onnx", "projector.onnx"):
+        for other in sorted(onnx_header.external_files(folder / name) - allowed):
+            raise BundleError(
+                f"{name} keeps weights in {other[:100]!r}, which is not among the further files that "
+                f"{manifest.FILE_NAME} lists; {_AGAIN}"
+            )
 
 
 def add(path: Path, *, folder: Path | None = None, replace: bool = False) -> Path:
