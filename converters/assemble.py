@@ -23,17 +23,14 @@ from typing import Any, cast
 from xraygpt_lite import verify
 from xraygpt_lite.bundle import manifest, store, typed_json
 from xraygpt_lite.cache import Cache
-from xraygpt_lite.converters import onnx
+from xraygpt_lite.converters import language, onnx
 from xraygpt_lite.converters.families import Parts, loader
-from xraygpt_lite.converters.llama import LlamaFolder
+from xraygpt_lite.converters.language import LanguageModel
 from xraygpt_lite.errors import BundleError, ConversionError, UsageError
-from xraygpt_lite.llm.quantize import quantize
 from xraygpt_lite.model import open_bundle
 from xraygpt_lite.values import Bundle, FileEntry, Manifest, SelfTest, SourceFile
 
 QUANTS = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
-DIRECT = ("f32", "f16")
-"""Weight types that the converter writes itself; llama.cpp's quantizer makes the others."""
 
 _NO_SELF_TEST = SelfTest(0, (), (), 0.0, "", (), (), 0.0)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -48,11 +45,12 @@ class Request:
     family
         A key of `families.FAMILIES`.
     inputs
-        Role → path: "vision", "checkpoint" and "llm".
+        Role → path: "vision", "checkpoint", "qformer" for the families that have one, and "llm" or "llm-base" and
+        "llm-delta", with "tokenizer" where their folders lack one.
     output
         The bundle's folder, which does not exist yet.
     quant
-        Weight type of the language model, one of `QUANTS`.
+        Weight type of the language model, one of `QUANTS`; None keeps a GGUF as it is and is f16 for a folder.
     settings
         What the family takes with `--set`.
     name
@@ -64,7 +62,7 @@ class Request:
     family: str
     inputs: Mapping[str, Path]
     output: Path
-    quant: str = "f16"
+    quant: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     name: str | None = None
     force: bool = False
@@ -95,23 +93,27 @@ def convert(request: Request, say: Callable[[str], None] = lambda _: None) -> Ou
     """
     _check_request(request)
     say("reading names and shapes")
-    llama = LlamaFolder(request.inputs["llm"])
-    parts = loader(request.family)(request.inputs, llama.sizes.width, request.settings)
-    draft = _draft(request, parts, llama)
+    llm = language.read(request.inputs)
+    parts = loader(request.family)(request.inputs, llm.width, request.settings)
+    if parts.lora is not None:
+        llm.merge(parts.lora)
+    draft = _draft(request, parts, llm)
     with _staging(request.output) as folder:
         say("exporting vision and projector to ONNX")
         onnx.export_parts(parts, draft.image.size, folder)
-        say(f"writing the language model as {request.quant}")
-        _write_llm(llama, request.quant, draft.name, folder / "llm.gguf")
+        expected = onnx.reference(parts, draft.image.size)
+        parts = parts.unloaded()  # up to 4 GB, which the graphs now hold
+        say(f"writing the language model as {draft.weight_types['llm']}")
+        llm.write(folder / "llm.gguf", draft.weight_types["llm"], draft.name)
         say("comparing the graphs with torch")
-        draft = replace(draft, agreement=onnx.agreement(parts, Bundle(folder, draft, "")))
+        draft = replace(draft, agreement=onnx.agreement(expected, Bundle(folder, draft, "")))
         say("recording the self-test")
         test = _self_test(Bundle(folder, draft, ""))
-        finished = replace(draft, self_test=test, files=_entries(folder), sources=_sources(parts, llama))
+        finished = replace(draft, self_test=test, files=_entries(folder), sources=_sources(parts, llm))
         (folder / manifest.FILE_NAME).write_bytes(manifest.dump(finished))
         checked = store.load(folder, Cache(None))
         _put(folder, request.output)
-    ignored = (*parts.ignored, *llama.ignored)
+    ignored = (*parts.ignored, *llm.ignored)
     return Outcome(Bundle(request.output, checked.manifest, checked.id), ignored)
 
 
@@ -127,7 +129,7 @@ def template(family: str) -> dict[str, Any]:
 
 
 def _check_request(request: Request) -> None:
-    if request.quant not in QUANTS:
+    if request.quant not in (None, *QUANTS):
         raise UsageError(f"--quant {request.quant} is unknown; it is one of {', '.join(QUANTS)}")
     if request.name is not None and not manifest.is_bundle_name(request.name):
         raise UsageError(f"--name {request.name!r} may hold a-z, 0-9, '.', '_' and '-' only, 64 at most")
@@ -146,9 +148,10 @@ def _check_request(request: Request) -> None:
         raise ConversionError(f"{output} is not a bundle; --force replaces nothing else")
 
 
-def _draft(request: Request, parts: Parts, llama: LlamaFolder) -> Manifest:
+def _draft(request: Request, parts: Parts, llm: LanguageModel) -> Manifest:
     """The manifest without what only the finished files tell."""
     raw = template(request.family)
+    raw["image"]["size"] = parts.image_size or raw["image"]["size"]
     tokens, width = onnx.shape_of_tokens(parts, raw["image"]["size"])
     raw |= {
         "schema": manifest.SCHEMA,
@@ -156,31 +159,20 @@ def _draft(request: Request, parts: Parts, llama: LlamaFolder) -> Manifest:
         "sources": [],
         "image_tokens": tokens,
         "width": width,
-        "weight_types": {"vision": "f32", "projector": "f32", "llm": request.quant},
+        "weight_types": {"vision": "f32", "projector": "f32", "llm": llm.weight_type(request.quant)},
         "agreement": {},
         "warnings": [],
         "files": [],
         "self_test": json.loads(json.dumps(asdict(_NO_SELF_TEST))),
     }
     draft = cast(Manifest, typed_json.build(Manifest, raw, f"models/{request.family}/template.json:"))
-    words = llama.vocabulary
     first = {variant.before_ids[:1] for variant in draft.prompt.variants.values()}
-    if first != {(words.bos,)} or words.eos not in draft.prompt.stop_ids:
+    if first != {(llm.bos,)} or llm.eos not in draft.prompt.stop_ids:
         raise ConversionError(
-            f"the vocabulary of {llama.folder} begins a text with id {words.bos} and ends it with {words.eos}; the "
+            f"the vocabulary of {llm.path} begins a text with id {llm.bos} and ends it with {llm.eos}; the "
             f"prompts of {request.family} use {sorted(first)} and {draft.prompt.stop_ids}: they do not belong together"
         )
     return draft
-
-
-def _write_llm(llama: LlamaFolder, quant: str, name: str, path: Path) -> None:
-    if quant in DIRECT:
-        llama.write(path, "f32" if quant == "f32" else "f16", name)
-        return
-    unquantized = path.with_name("unquantized.gguf")
-    llama.write(unquantized, llama.own_type, name)
-    quantize(unquantized, path, quant)
-    unquantized.unlink()
 
 
 def _self_test(bundle: Bundle) -> SelfTest:
@@ -195,10 +187,9 @@ def _entries(folder: Path) -> tuple[FileEntry, ...]:
     return tuple(FileEntry(path.name, _sha256(path), path.stat().st_size) for path in sorted(folder.iterdir()))
 
 
-def _sources(parts: Parts, llama: LlamaFolder) -> tuple[SourceFile, ...]:
+def _sources(parts: Parts, llm: LanguageModel) -> tuple[SourceFile, ...]:
     files = [(role, path) for role, source in parts.sources.items() for path in source.files]
-    files += [("llm", path) for path in llama.files]
-    return tuple(SourceFile(role, path.name, _sha256(path)) for role, path in files)
+    return tuple(SourceFile(role, path.name, _sha256(path)) for role, path in (*files, *llm.files))
 
 
 def _sha256(path: Path) -> str:

@@ -10,7 +10,8 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from xraygpt_lite.converters.tensors import Tensors, is_finite
 from xraygpt_lite.errors import ConversionError
 
 WRAPPERS = ("model", "state_dict", "module")
@@ -37,6 +39,22 @@ REOPEN_BYTES = 512 * 2**20
 FOLDER_FILES = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor of a network that is computed from stored ones.
+
+    Attributes
+    ----------
+    shapes
+        Stored name → the shape that it must have, in the order in which `make` takes them.
+    make
+        The stored tensors, as float32 → the network's.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    make: Callable[..., Tensor]
 
 
 class Checkpoint:
@@ -97,7 +115,7 @@ class Checkpoint:
         except (SafetensorError, RuntimeError) as error:
             raise ConversionError(f"tensor {name!r} of {path} cannot be read; the file is damaged: {error}") from error
         self._read_bytes += tensor.nbytes
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not is_finite(tensor):
             raise ConversionError(
                 f"tensor {name!r} of {path} holds values that are not finite (NaN or infinity); get an undamaged copy"
             )
@@ -124,7 +142,7 @@ class Checkpoint:
                 )
 
 
-def take_all(source: Checkpoint, used: Iterable[str], ignored: Sequence[str]) -> tuple[str, ...]:
+def take_all(source: Tensors, used: Iterable[str], ignored: Sequence[str]) -> tuple[str, ...]:
     """Hold a checkpoint's names against what a network uses.
 
     Parameters
@@ -161,7 +179,7 @@ def take_all(source: Checkpoint, used: Iterable[str], ignored: Sequence[str]) ->
 def fill(
     module: nn.Module,
     source: Checkpoint,
-    names: Mapping[str, str],
+    names: Mapping[str, str | Derived],
     *,
     ignored: Sequence[str] = (),
     own: Sequence[str] = (),
@@ -170,8 +188,10 @@ def fill(
 
     Parameters
     ----------
+    module
+        May lie on the meta device: what is read becomes its parameters, and nothing is held twice.
     names
-        The module's own name → the checkpoint's.
+        The module's own name → the checkpoint's, or how it is made of several.
     ignored
         As in `take_all`.
     own
@@ -193,17 +213,48 @@ def fill(
     )
     if unfilled:
         raise ConversionError(f"nothing in {source.path} is known to be the network's {_some(unfilled)}")
-    left = take_all(source, names.values(), (*ignored, *BUFFERS))
-    for name, stored in names.items():
-        expected = tuple(state[name].shape) if name in state else None
-        if source.shapes[stored] != expected:
-            raise ConversionError(
-                f"tensor {stored!r} of {source.path} has shape {source.shapes[stored]}; the sizes of the other tensors "
-                f"ask for {expected}"
-            )
-    module.load_state_dict({name: source.read(stored).float() for name, stored in names.items()}, strict=False)
+    wanted = {
+        name: _shapes(entry, tuple(state[name].shape) if name in state else None) for name, entry in names.items()
+    }
+    left = take_all(source, [stored for shapes in wanted.values() for stored in shapes], (*ignored, *BUFFERS))
+    for shapes in wanted.values():
+        for stored, expected in shapes.items():
+            if source.shapes[stored] != expected:
+                raise ConversionError(
+                    f"tensor {stored!r} of {source.path} has shape {source.shapes[stored]}; the sizes of the other "
+                    f"tensors ask for {expected}"
+                )
+    values = {name: _value(source, entry) for name, entry in names.items()}
+    module.load_state_dict(values, strict=False, assign=True)
     module.eval().requires_grad_(False)
     return left
+
+
+def _shapes(entry: str | Derived, own: tuple[int, ...] | None) -> Mapping[str, tuple[int, ...] | None]:
+    """Stored name → expected shape, of what one tensor of the network needs; `own` is that tensor's shape."""
+    return entry.shapes if isinstance(entry, Derived) else {entry: own}
+
+
+def _value(source: Checkpoint, entry: str | Derived) -> Tensor:
+    if isinstance(entry, Derived):
+        return entry.make(*(source.read(name).float() for name in entry.shapes))
+    return source.read(entry).float()
+
+
+def shape(source: Checkpoint, name: str, dimensions: int) -> tuple[int, ...]:
+    """The shape of a tensor that must be there, with so many dimensions.
+
+    Raises
+    ------
+    ConversionError
+        It is not.
+    """
+    found = source.shapes.get(name)
+    if found is None:
+        raise ConversionError(f"{source.path} lacks {name!r}; it is incomplete or of another model")
+    if len(found) != dimensions or min(found) < 1:
+        raise ConversionError(f"tensor {name!r} of {source.path} has shape {found}; expected {dimensions} dimensions")
+    return found
 
 
 def _shards(path: Path) -> tuple[list[Path], tuple[Path, ...]]:

@@ -1,27 +1,31 @@
 """A Hugging Face Llama folder → GGUF, one tensor at a time.
 
-Knows Llama's tensor names, llama.cpp's names and metadata, and the row order that its rotary embedding wants. It reads
-through `checkpoint` and never holds more than one tensor and its converted copy.
+Knows Llama's tensor names, llama.cpp's names and metadata, and the row order that its rotary embedding wants. It never
+holds more than one tensor and its converted copy; where the tensors come from (files, base and delta, a LoRA merged) is
+all the same to it.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType, RopeScalingType
 
-from xraygpt_lite.converters import vocabulary
+from xraygpt_lite.converters import delta, llama_config, vocabulary
 from xraygpt_lite.converters.checkpoint import BUFFERS, Checkpoint, take_all
+from xraygpt_lite.converters.llama_config import Sizes
+from xraygpt_lite.converters.lora import Lora, Merged
+from xraygpt_lite.converters.tensors import Tensors, is_finite
 from xraygpt_lite.errors import ConversionError
+from xraygpt_lite.llm.quantize import quantize
 
-DirectType = Literal["f32", "f16"]
 FILE_TYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16}
+"""Weight types that are written here; llama.cpp's quantizer makes the others."""
 
 BLOCK = {
     "input_layernorm": "attn_norm",
@@ -37,68 +41,88 @@ BLOCK = {
 """Names within a layer: Hugging Face's → llama.cpp's."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What `config.json` says; `rows` (of the embedding table) comes from the tensor."""
-
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head: int
-    feed_forward: int
-    context: int
-    rows: int
-    epsilon: float
-    rope_base: float
-    rope_factor: float | None
-    tied: bool
-
-
 class LlamaFolder:
     """A language model's folder with its names, sizes and vocabulary checked; values are read while it is written.
 
+    Parameters
+    ----------
+    folder
+        A model, or a delta.
+    base
+        What a delta is added to; None where `folder` is a whole model.
+    tokenizer
+        A `tokenizer.model` elsewhere, where the folders have none.
+
     Attributes
     ----------
+    path
+        The folder: what messages name.
     sizes, vocabulary, ignored
         As named; `ignored` are tensors that nothing uses.
     files
-        Every file that was read, for the bundle's list of sources.
+        (role, path) of every file that was read, for the bundle's list of sources.
 
     Raises
     ------
     ConversionError
-        It is no Llama, or names, shapes and vocabulary do not belong together.
+        It is no Llama, or names, shapes, configurations and vocabulary do not belong together.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if not folder.is_dir():
-            raise ConversionError(
-                f"--llm {folder} is not a folder; expected a Hugging Face Llama folder with config.json"
-            )
-        self.folder = folder
-        config = _config(folder / "config.json")
-        self._weights = Checkpoint(folder)
-        embedding = self._weights.shapes.get("model.embed_tokens.weight", (0, 0))
-        self.sizes = _sizes(folder / "config.json", config, embedding[0])
+    def __init__(self, folder: Path, *, base: Path | None = None, tokenizer: Path | None = None) -> None:
+        self.path = folder
+        config, checkpoint = folder / "config.json", Checkpoint(folder)
+        self._weights: Tensors = checkpoint
+        self.sizes = _sizes(config, checkpoint)
+        folders = {"llm" if base is None else "llm-delta": (folder, config, *checkpoint.files)}
+        if base is not None:
+            other = Checkpoint(base)
+            delta.check_sizes(base / "config.json", _sizes(base / "config.json", other), config, self.sizes)
+            self._weights = delta.Sum(other, checkpoint)
+            folders["llm-base"] = (base, base / "config.json", *other.files)
         self._plan = list(self._tensors())
-        unused = () if "lm_head.weight" in {stored for _, stored, _ in self._plan} else (r"^lm_head\.weight$",)
-        self.ignored = take_all(self._weights, [stored for _, stored, _ in self._plan], (*BUFFERS, *unused))
-        for _, stored, expected in self._plan:
-            if self._weights.shapes[stored] != expected:
-                raise ConversionError(
-                    f"tensor {stored!r} of {folder} has shape {self._weights.shapes[stored]}; config.json asks "
-                    f"for {expected}"
-                )
-        self.vocabulary = vocabulary.read(folder, self.sizes.rows)
-        self.files = (folder / "config.json", *self._weights.files, *self.vocabulary.files)
+        self.ignored = self._check()
+        places = [files[0] for files in folders.values()]
+        self.vocabulary = vocabulary.read(places, self.sizes.rows, tokenizer)
+        words = {path: "tokenizer" for path in self.vocabulary.files}
+        words |= {path: role for role, (place, *_) in folders.items() for path in words if path.parent == place}
+        read = [(role, path) for role, (_, *files) in folders.items() for path in files]
+        self.files = (*read, *((role, path) for path, role in words.items()))
 
     @property
-    def own_type(self) -> DirectType:
-        """The type that loses nothing of what is stored, for a quantizer to start from."""
+    def width(self) -> int:
+        """Of one embedding."""
+        return self.sizes.width
+
+    @property
+    def bos(self) -> int:
+        """The id that begins a text."""
+        return self.vocabulary.bos
+
+    @property
+    def eos(self) -> int:
+        """The id that ends an answer."""
+        return self.vocabulary.eos
+
+    @property
+    def own_type(self) -> str:
+        """The type that a quantizer starts from: float16 where the matrices are stored in 16 bits."""
         return "f16" if self._weights.half else "f32"
 
-    def write(self, path: Path, kind: DirectType, name: str) -> None:
+    def weight_type(self, asked: str | None) -> str:
+        """What is written when `asked` is asked for; None leaves the choice to the model."""
+        return asked or "f16"
+
+    def merge(self, lora: Lora) -> None:
+        """From here on, what is written has this LoRA merged into it.
+
+        Raises
+        ------
+        ConversionError
+            The LoRA was trained for another model.
+        """
+        self._weights = Merged(self._weights, lora)
+
+    def write(self, path: Path, kind: str, name: str) -> None:
         """Write the GGUF file: matrices as `kind`, vectors as float32.
 
         Raises
@@ -108,31 +132,54 @@ class LlamaFolder:
         OSError
             The file cannot be written.
         """
+        if kind in FILE_TYPES:
+            self._write(path, kind, name)
+            return
+        unquantized = path.with_name("unquantized.gguf")
+        self._write(unquantized, self.own_type, name)
+        quantize(unquantized, path, kind)
+        unquantized.unlink()
+
+    def _check(self) -> tuple[str, ...]:
+        """Hold names and shapes against the plan; the names that nothing uses."""
+        stored = [name for _, name, _ in self._plan]
+        unused = () if "lm_head.weight" in stored else (r"^lm_head\.weight$",)
+        ignored = take_all(self._weights, stored, (*BUFFERS, *unused))
+        for _, name, expected in self._plan:
+            if self._weights.shapes[name] != expected:
+                raise ConversionError(
+                    f"tensor {name!r} of {self.path} has shape {self._weights.shapes[name]}; config.json asks for "
+                    f"{expected}"
+                )
+        return ignored
+
+    def _write(self, path: Path, kind: str, name: str) -> None:
         writer = GGUFWriter(None, "llama")
         _metadata(writer, self.sizes, self.vocabulary, name, kind)
         for target, _, shape in self._plan:
-            dtype = _dtype(kind, shape)
+            dtype = np.dtype(np.float16 if _is_half(kind, shape) else np.float32)
             writer.add_tensor_info(target, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
         try:
             writer.write_header_to_file(path)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for target, stored, shape in self._plan:
-                writer.write_tensor_data(self._convert(target, stored, _dtype(kind, shape)))
+                written = torch.float16 if _is_half(kind, shape) else torch.float32
+                writer.write_tensor_data(self._convert(target, stored, written))
         finally:
             writer.close()
 
-    def _convert(self, target: str, stored: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        values: npt.NDArray[np.float32] = self._weights.read(stored).float().numpy()
+    def _convert(self, target: str, stored: str, dtype: torch.dtype) -> npt.NDArray[Any]:
+        values = self._weights.read(stored)
+        result = values.to(dtype)  # float16 stays the bytes that it is
+        if result is not values and not is_finite(result):
+            raise ConversionError(f"tensor {stored!r} of {self.path} holds values beyond float16; use --quant f32")
+        array = result.numpy()
         if target.endswith("attn_q.weight"):
-            values = rotary_order(values, self.sizes.heads)
+            array = rotary_order(array, self.sizes.heads)
         elif target.endswith("attn_k.weight"):
-            values = rotary_order(values, self.sizes.kv_heads)
-        with np.errstate(over="ignore"):
-            result = np.ascontiguousarray(values.astype(dtype))
-        if not np.isfinite(result).all():
-            raise ConversionError(f"tensor {stored!r} of {self.folder} holds values beyond float16; use --quant f32")
-        return result
+            array = rotary_order(array, self.sizes.kv_heads)
+        return np.ascontiguousarray(array)
 
     def _tensors(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
         """llama.cpp's name, the stored name and the expected shape of each tensor, in the order they are written."""
@@ -155,7 +202,7 @@ class LlamaFolder:
             yield "output.weight", "lm_head.weight", (s.rows, s.width)
 
 
-def rotary_order(values: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
+def rotary_order(values: npt.NDArray[Any], heads: int) -> npt.NDArray[Any]:
     """Rows of q or k from Hugging Face's order (halves of a head) to llama.cpp's (pairs); shape (rows, columns) stays.
 
     `heads` are the matrix's own: for k of a grouped-query model, the key-value heads.
@@ -164,11 +211,15 @@ def rotary_order(values: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.
     return values.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def _dtype(kind: DirectType, shape: tuple[int, ...]) -> np.dtype[Any]:
-    return np.dtype(np.float16 if kind == "f16" and len(shape) > 1 else np.float32)
+def _is_half(kind: str, shape: tuple[int, ...]) -> bool:
+    return kind == "f16" and len(shape) > 1
 
 
-def _metadata(writer: Any, sizes: Sizes, words: vocabulary.Vocabulary, name: str, kind: DirectType) -> None:
+def _sizes(config: Path, weights: Checkpoint) -> Sizes:
+    return llama_config.read(config, weights.shapes.get("model.embed_tokens.weight", (0, 0))[0])
+
+
+def _metadata(writer: Any, sizes: Sizes, words: vocabulary.Vocabulary, name: str, kind: str) -> None:
     writer.add_type("model")
     writer.add_name(name)
     writer.add_vocab_size(sizes.rows)
@@ -201,64 +252,3 @@ def _metadata(writer: Any, sizes: Sizes, words: vocabulary.Vocabulary, name: str
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(True)
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConversionError(
-            f"{path} cannot be read ({error.strerror}); --llm wants a Hugging Face Llama folder"
-        ) from error
-    except ValueError as error:
-        raise ConversionError(f"{path} is not JSON: {error}") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "llama":
-        raise ConversionError(f"{path} describes a model of type {kind!r}; only 'llama' can be converted")
-    for name in ("attention_bias", "mlp_bias", "quantization_config"):
-        if config.get(name):
-            raise ConversionError(
-                f"{path} sets {name}, which no model of these families has and the converter does not know"
-            )
-    if config.get("hidden_act", "silu") != "silu":
-        raise ConversionError(f"{path} sets hidden_act to {config['hidden_act']!r}; Llama's is 'silu'")
-    return dict(config)
-
-
-def _sizes(path: Path, config: dict[str, Any], rows: int) -> Sizes:
-    def integer(name: str, default: int | None = None) -> int:
-        value = config.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConversionError(f"{path}: {name} is {value!r}; expected a positive integer")
-        return value
-
-    def number(name: str, value: Any) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
-            raise ConversionError(f"{path}: {name} is {value!r}; expected a positive number")
-        return float(value)
-
-    width, heads = integer("hidden_size"), integer("num_attention_heads")
-    kv_heads, head = integer("num_key_value_heads", heads), integer("head_dim", max(1, width // heads))
-    if heads % kv_heads or head % 2:
-        raise ConversionError(
-            f"{path}: {heads} heads, {kv_heads} key-value heads and a head width of {head} do not fit together"
-        )
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise ConversionError(f"{path}: rotary scaling of type {kind!r} is not known; 'linear' is")
-    return Sizes(
-        width=width,
-        layers=integer("num_hidden_layers"),
-        heads=heads,
-        kv_heads=kv_heads,
-        head=head,
-        feed_forward=integer("intermediate_size"),
-        context=integer("max_position_embeddings"),
-        rows=rows,
-        epsilon=number("rms_norm_eps", config.get("rms_norm_eps", 1e-6)),
-        rope_base=number("rope_theta", config.get("rope_theta", scaling.get("rope_theta", 10000.0))),
-        rope_factor=number("rope_scaling.factor", scaling.get("factor")) if kind == "linear" else None,
-        tied=bool(config.get("tie_word_embeddings", False)),
-    )

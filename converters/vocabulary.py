@@ -7,6 +7,7 @@ by score, which is what SentencePiece's BPE does; other kinds of model would giv
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from xraygpt_lite.errors import ConversionError
 
 BPE = 2
 FILE = "tokenizer.model"
+MOST_PADDING = 255
+"""Rows of an embedding table beyond the vocabulary: tables are rounded up, to multiples of 256 at most."""
 ADDED_FILES = ("added_tokens.json", "tokenizer_config.json", "tokenizer.json")
 
 
@@ -48,8 +51,15 @@ class Vocabulary:
     files: tuple[Path, ...]
 
 
-def read(folder: Path, rows: int) -> Vocabulary:
-    """The vocabulary of a Hugging Face folder whose embedding table has `rows` rows.
+def read(folders: Sequence[Path], rows: int, file: Path | None = None) -> Vocabulary:
+    """The vocabulary of Hugging Face folders whose embedding table has `rows` rows.
+
+    Parameters
+    ----------
+    folders
+        Looked through in this order; the first that has a file wins. All vocabularies in them must be the same.
+    file
+        A `tokenizer.model` that takes the place of theirs.
 
     Raises
     ------
@@ -57,21 +67,26 @@ def read(folder: Path, rows: int) -> Vocabulary:
         There is no `tokenizer.model`, it is no BPE model of SentencePiece or normalizes text, or it does not belong to
         that table.
     """
-    path = folder / FILE
+    path = file or _find(folders)
     model = _model(path)
     size = len(model.pieces)
     if size > rows:
         raise ConversionError(
-            f"{path} has {size} pieces and the embedding table of {folder} only {rows} rows; "
+            f"{path} has {size} pieces and the embedding table of {folders[0]} only {rows} rows; "
             "they belong to different models"
         )
     pieces = [piece.piece.encode() for piece in model.pieces]
     scores = [float(piece.score) for piece in model.pieces]
     kinds = [int(piece.type) for piece in model.pieces]
-    added, files = _added(folder)
+    folder, added, files = _added(folders)
+    if rows - size - len([number for number in added if number >= size]) > MOST_PADDING:
+        raise ConversionError(
+            f"{path} has {size} pieces and the embedding table of {folders[0]} {rows} rows; "
+            "they belong to different models"
+        )
     for number in range(size, rows):
         pieces.append(f"[PAD{number}]".encode())
-        scores.append(-1000.0)
+        scores.append(-10000.0)
         kinds.append(int(TokenType.UNUSED))
     for number, (text, special) in added.items():
         if number < size and pieces[number] == text.encode():
@@ -85,7 +100,7 @@ def read(folder: Path, rows: int) -> Vocabulary:
                     else f"beyond the {rows} rows of the embedding table"
                 )
             )
-        pieces[number] = text.encode()
+        pieces[number], scores[number] = text.encode(), -1000.0
         kinds[number] = int(TokenType.CONTROL if special else TokenType.USER_DEFINED)
     trainer = model.trainer_spec
     padding = trainer.pad_id if 0 <= trainer.pad_id < size else None
@@ -134,10 +149,28 @@ def _model(path: Path) -> Any:
     return model
 
 
-def _added(folder: Path) -> tuple[dict[int, tuple[str, bool]], list[Path]]:
-    """Id → (text, whether it is a control token) of tokens beside the model's, and the files that name them."""
+def _find(folders: Sequence[Path]) -> Path:
+    """The `tokenizer.model` of the first folder that has one; others must have the same pieces."""
+    found = [folder / FILE for folder in folders if (folder / FILE).is_file()]
+    if not found:
+        raise ConversionError(
+            f"there is no {FILE} in {' or '.join(map(str, folders))}, and the SentencePiece vocabulary is needed; put "
+            "it there or give it with --tokenizer FILE"
+        )
+    first, *others = found
+    for other in others:
+        if _model(other).pieces != _model(first).pieces:
+            raise ConversionError(
+                f"{first} and {other} are different vocabularies; base and delta do not belong together"
+            )
+    return first
+
+
+def _added(folders: Sequence[Path]) -> tuple[Path, dict[int, tuple[str, bool]], list[Path]]:
+    """The first folder that has files beside the model's; id → (text, whether it is a control token); those files."""
     added: dict[int, tuple[str, bool]] = {}
     files = []
+    folder = next((each for each in folders if any((each / name).is_file() for name in ADDED_FILES)), folders[0])
     for path in (folder / name for name in ADDED_FILES):
         if not path.is_file():
             continue
@@ -156,4 +189,4 @@ def _added(folder: Path) -> tuple[dict[int, tuple[str, bool]], list[Path]]:
                 added |= {int(entry["id"]): (str(entry["content"]), bool(entry.get("special"))) for entry in entries}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConversionError(f"{path} is not a tokenizer's JSON file: {error!r}") from error
-    return added, files
+    return folder, added, files

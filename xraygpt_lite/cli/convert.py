@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
@@ -11,15 +13,57 @@ from xraygpt_lite.cli import console
 from xraygpt_lite.errors import MissingPackageError, UsageError
 
 NEEDED = ("torch", "transformers", "optimum", "onnx", "gguf", "sentencepiece", "google.protobuf", "safetensors")
+_F = TypeVar("_F", bound=Callable[..., Any])
 QUANTS = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+
+
+class Family(NamedTuple):
+    """What a family's command says: the short title, what is to be known, and its files; no Q-Former is None."""
+
+    title: str
+    about: str
+    vision: str
+    checkpoint: str
+    qformer: str | None = None
+
+
+_EVA = "The EVA-CLIP ViT (eva_vit_g.pth)."
+_QFORMER = "BLIP-2's file with the Q-Former, ln_vision and the queries (blip2_pretrained_flant5xxl.pth)."
+_ALIKE = (
+    "The files of XrayGPT and MiniGPT-4 look alike and cannot be told apart: take care to convert each with its own "
+    "command and its own Vicuna, for prompt and language model differ."
+)
 FAMILIES = {
-    "xraygpt-paper": (
+    "xraygpt": Family(
+        "The released XrayGPT: ViT-g, Q-Former, one linear layer, Vicuna.",
+        f"{_ALIKE} Sizes that tensors cannot tell: vision.num_heads, qformer.num_heads, vision.image_size.",
+        _EVA,
+        "XrayGPT's checkpoint (llama_proj).",
+        _QFORMER,
+    ),
+    "minigpt4": Family(
+        "MiniGPT-4: ViT-g, Q-Former, one linear layer, Vicuna v0.",
+        f"{_ALIKE} Sizes that tensors cannot tell: vision.num_heads, qformer.num_heads, vision.image_size.",
+        _EVA,
+        "MiniGPT-4's checkpoint (llama_proj).",
+        _QFORMER,
+    ),
+    "minigpt-med": Family(
+        "MiniGPT-Med: ViT-g at 448 pixels, one linear layer, Llama-2-chat with LoRA.",
+        "The LoRA in the checkpoint is merged into the language model. Sizes that tensors cannot tell: "
+        "vision.num_heads, vision.image_size, lora.alpha.",
+        _EVA,
+        "MiniGPT-Med's checkpoint (llama_proj, LoRA, perhaps ln_vision).",
+    ),
+    "xraygpt-paper": Family(
         "XrayGPT as its paper describes it: MedCLIP, one linear layer, Vicuna.",
+        "Swin's heads stand in its tables: vision.num_heads only has to agree with them.",
         "MedCLIP's pytorch_model.bin, with the Swin or the ResNet-50 encoder.",
         "The trained linear layer (llama_proj).",
     ),
-    "nih-tiny": (
+    "nih-tiny": Family(
         "This project's own small model, from its training run.",
+        "It has no sizes to set.",
         "The encoder's safetensors file.",
         "The projector's safetensors file.",
     ),
@@ -35,36 +79,59 @@ def command() -> None:
     """
 
 
-def _add(family: str, title: str, vision: str, checkpoint: str) -> None:
-    """Add one family's subcommand; all take the same options."""
+def _input_options(texts: Family) -> Callable[[_F], _F]:
+    """--vision, --checkpoint and, where the family has one, --qformer."""
 
-    @command.command(family, help=title, short_help=title)
-    @click.option("--vision", required=True, type=click.Path(exists=True, path_type=Path), help=vision)
-    @click.option("--checkpoint", required=True, type=click.Path(exists=True, path_type=Path), help=checkpoint)
-    @click.option(
-        "--llm", required=True, type=click.Path(exists=True, path_type=Path),
-        help="Hugging Face Llama folder: config.json, tokenizer.model, weights as safetensors or .bin.",
-    )  # fmt: skip
+    def add(function: _F) -> _F:
+        given = {"--vision": texts.vision, "--qformer": texts.qformer, "--checkpoint": texts.checkpoint}
+        for name, text in reversed(given.items()):
+            if text is not None:
+                path = click.Path(exists=True, path_type=Path)
+                function = click.option(name, required=True, type=path, help=text)(function)
+        return function
+
+    return add
+
+
+def _llm_options(function: _F) -> _F:
+    """--llm, or --llm-base and --llm-delta; --tokenizer."""
+    help_ = {
+        "--llm": "Hugging Face Llama folder (config.json, tokenizer.model, weights as safetensors or .bin), or a GGUF.",
+        "--llm-base": "The Hugging Face folder that --llm-delta is added to; both instead of --llm.",
+        "--llm-delta": "Folder of a delta, as Vicuna was published: base + delta is the language model.",
+        "--tokenizer": "A tokenizer.model, where the language model's folders have none.",
+    }
+    for name, text in reversed(help_.items()):
+        function = click.option(name, type=click.Path(exists=True, path_type=Path), help=text)(function)
+    return function
+
+
+def _add(family: str, texts: Family) -> None:
+    """Add one family's subcommand; all take the same options, but --qformer."""
+
+    @command.command(family, help=f"{texts.title}\n\n{texts.about}", short_help=texts.title)
+    @_input_options(texts)
+    @_llm_options
     @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's new folder.")
-    @click.option("--quant", type=click.Choice(QUANTS), default="f16", show_default=True, help="The LLM's weight type.")
-    @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A size, e.g. vision.num_heads=3,6,12,24.")
+    @click.option(
+        "--quant", type=click.Choice(QUANTS), show_default="f16; a GGUF keeps its own", help="The LLM's weight type."
+    )
+    @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A size, e.g. vision.num_heads=16.")
     @click.option("--name", help="The bundle's name; by default the family's.")
     @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
     def run(
-        vision: Path,
-        checkpoint: Path,
-        llm: Path,
         output: Path,
-        quant: str,
+        quant: str | None,
         pairs: tuple[str, ...],
         name: str | None,
         force: bool,
+        **paths: Path | None,
     ) -> None:
         settings = _settings(pairs)
         _require_packages()
         from xraygpt_lite.converters import assemble
 
-        inputs = {"vision": vision, "checkpoint": checkpoint, "llm": llm}
+        inputs = {role.replace("_", "-"): path for role, path in paths.items() if path is not None}
         request = assemble.Request(family, inputs, output, quant, settings, name, force)
         outcome = assemble.convert(request, lambda step: click.echo(f"{step} …", err=True))
         if outcome.ignored:
@@ -108,4 +175,4 @@ def _shortened(names: tuple[str, ...]) -> str:
 
 
 for _family, _texts in FAMILIES.items():
-    _add(_family, *_texts)
+    _add(_family, _texts)

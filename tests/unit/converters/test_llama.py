@@ -96,7 +96,7 @@ def _write(name: str, content: bytes) -> Callable[[Path], None]:
         (_remove("config.json"), "config.json cannot be read"),
         (_write("config.json", b"{"), "is not JSON"),
         (_write("config.json", b"[]"), "only 'llama'"),
-        (_remove("tokenizer.model"), "tokenizer.model cannot be read"),
+        (_remove("tokenizer.model"), "there is no tokenizer.model in .*llm, .* --tokenizer FILE"),
         (_write("tokenizer.model", b"\xff" * 40), "is not a SentencePiece model"),
         (_write("tokenizer.model", b""), "holds no pieces"),
         (_remove("model.safetensors"), "holds no weights"),
