@@ -17,7 +17,8 @@ def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
     Raises
     ------
     UsageError
-        An unknown preset, or a value outside its range; the message names option, value and range.
+        An unknown preset, or a value outside its range; the message names option, value and range. Or a temperature
+        with beams: one that only a preset or the bundle asks for gives way, see `undrawn`.
     """
     given = options or GenerationOptions()
     chosen = manifest.defaults
@@ -33,7 +34,26 @@ def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
             raise UsageError(f"{name} is {value}; it must lie between {low} and {high}")
     if chosen.min_tokens > chosen.max_tokens:
         raise UsageError(f"min_tokens is {chosen.min_tokens}, more than max_tokens, {chosen.max_tokens}")
+    if chosen.beams > 1 and chosen.temperature > 0:
+        if given.temperature:
+            raise UsageError(
+                f"temperature is {chosen.temperature} and beams is {chosen.beams}; beam search draws nothing, so leave "
+                "out one of them"
+            )
+        chosen = replace(chosen, temperature=0.0)
     return replace(chosen, stops=tuple(dict.fromkeys((*manifest.prompt.stops, *(given.stops or ())))))
+
+
+def undrawn(chosen: Sampling, manifest: Manifest) -> tuple[str, ...]:
+    """What a record has to say where beam search took the place of a preset or bundle that samples; else nothing."""
+    preset = manifest.presets.get(chosen.preset, GenerationOptions())
+    temperature = _over(manifest.defaults, preset).temperature
+    if chosen.beams == 1 or temperature == 0:
+        return ()
+    return (
+        f"beam search here draws nothing: the temperature {temperature} of preset {chosen.preset!r} was not used, so a "
+        "demo that samples within its beams may answer otherwise",
+    )
 
 
 def _over(below: Sampling, above: GenerationOptions) -> Sampling:

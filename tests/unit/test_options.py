@@ -8,7 +8,7 @@ import pytest
 import tiny_bundle
 
 from xraygpt_lite.errors import UsageError
-from xraygpt_lite.options import resolve
+from xraygpt_lite.options import resolve, undrawn
 from xraygpt_lite.values import GenerationOptions, Manifest, Sampling
 
 
@@ -49,9 +49,23 @@ def test_an_unknown_preset_is_refused_with_the_known_ones(manifest: Manifest) ->
         (GenerationOptions(temperature=-1.0), "temperature is -1"),
         (GenerationOptions(temperature=float("nan")), "temperature is nan"),
         (GenerationOptions(top_p=1.5), "top_p is 1.5; it must lie between 0 and 1"),
+        (GenerationOptions(beams=11), "beams is 11; it must lie between 1 and 10"),
+        (GenerationOptions(beams=4, temperature=0.7), "temperature is 0.7 and beams is 4; beam search draws nothing"),
+        (GenerationOptions(preset="authors", beams=4, temperature=1.0), "temperature is 1.0 and beams is 4"),
         (GenerationOptions(min_tokens=9, max_tokens=8), "min_tokens is 9, more than max_tokens, 8"),
     ],
 )
 def test_values_out_of_range_are_refused(manifest: Manifest, options: GenerationOptions, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         resolve(options, manifest)
+
+
+def test_beams_take_the_place_of_a_presets_draws_and_that_is_said(manifest: Manifest) -> None:
+    chosen = resolve(GenerationOptions(preset="authors", beams=4), manifest)
+    assert (chosen.beams, chosen.temperature, chosen.preset) == (4, 0.0, "authors")
+    (said,) = undrawn(chosen, manifest)
+    assert said.startswith("beam search here draws nothing: the temperature 1.0 of preset 'authors' was not used")
+    for quiet in (GenerationOptions(beams=4), GenerationOptions(preset="authors"), None):
+        assert undrawn(resolve(quiet, manifest), manifest) == ()
+    drawing = replace(manifest, defaults=replace(manifest.defaults, temperature=0.5))
+    assert undrawn(resolve(GenerationOptions(beams=2), drawing), drawing)

@@ -14,7 +14,8 @@ import numpy as np
 from ..errors import CancelledError, ClosedError, NativeError, UsageError, XrayError
 from ..values import DevicePlan
 from .native import Batch, Context, Model
-from .requests import Generate, Request
+from .requests import Cut, Generate, Request, Trace
+from .search import Search
 from .sequence import Held
 
 
@@ -34,6 +35,7 @@ class Core:
         self._batch = Batch(self.context.batch)
         self._free = list(range(plan.sequences))
         self._sequences = plan.sequences
+        self.plan = plan
         self._holders: dict[int, int] = {}
         self._inbox: SimpleQueue[Request | Held | None] = SimpleQueue()
         self._active: list[Request] = []
@@ -107,6 +109,7 @@ class Core:
                     self._fail([request], CancelledError("the answer was cancelled"))
                 self._prefill()
                 self._step()
+                self._search()
         # Whatever it is, callers must hear of it: they wait on queues.
         except Exception as error:
             self._broken = str(error)
@@ -159,7 +162,7 @@ class Core:
 
     def _prefill(self) -> None:
         """Decode one chunk of the first request that has any left, so that others' answers go on meanwhile."""
-        request = next((r for r in self._active if r.chunks or not isinstance(r, Generate)), None)
+        request = next((r for r in self._active if r.chunks or isinstance(r, Cut | Trace)), None)
         if request is None:
             return
         if not request.chunks:
@@ -190,6 +193,11 @@ class Core:
             for row, request in enumerate(ready):
                 request.held.rows += 1
                 self._advance(request, (row,))
+
+    def _search(self) -> None:
+        """Take one step of every beam search; each decodes in a context of its own."""
+        for request in [r for r in self._active if isinstance(r, Search) and not r.chunks]:
+            self._advance(request, ())
 
     def _decode(self, requests: list[Request]) -> bool:
         try:

@@ -28,6 +28,8 @@ _SENTENCEPIECE = 1
 _BOOL_OVERRIDE = 2
 _FLOAT32_TYPE = 0
 _FLASH_ATTENTION_OFF = 0
+_BYTES = ctypes.POINTER(ctypes.c_uint8)
+UInt8 = npt.NDArray[np.uint8]
 
 
 class Model:
@@ -150,6 +152,7 @@ class Context:
     def __init__(self, model: Model, plan: DevicePlan, cells: int) -> None:
         self._lib = library()
         self.model = model
+        self.sequences = plan.sequences
         self.batch = max(plan.batch, plan.sequences)
         params = self._lib.llama_context_default_params()
         set_fields(
@@ -172,7 +175,7 @@ class Context:
         if not self._pointer:
             raise NativeError(
                 f"llama.cpp cannot make a context of {plan.sequences} x {cells} rows{log.reason(mark)}; "
-                "ask for a smaller context"
+                "ask for a smaller context or fewer beams"
             )
         model._contexts += 1
         self._memory = self._lib.llama_get_memory(self._pointer)
@@ -212,6 +215,31 @@ class Context:
         """Drop a sequence's rows from position `rows` on."""
         if not self._lib.llama_memory_seq_rm(self._memory, sequence, rows, -1):
             raise NativeError(f"llama.cpp could not cut sequence {sequence} to {rows} rows")
+
+    def copy(self, source: int, target: int) -> None:
+        """Make a sequence hold what another one holds; the next `decode` moves the bytes, a whole stream's."""
+        self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+
+    def save(self, sequence: int) -> UInt8:
+        """Return what a sequence holds, at least one row, for `restore` on any context of this model and precision."""
+        size = self._lib.llama_state_seq_get_size(self.pointer, sequence)
+        state = np.empty(size, np.uint8)
+        written = self._lib.llama_state_seq_get_data(self.pointer, state.ctypes.data_as(_BYTES), size, sequence)
+        if written != size:
+            raise NativeError(f"llama.cpp could not save sequence {sequence} (returned {written} of {size} bytes)")
+        # Eight bytes, the number of streams, then of each stream the count of this sequence's rows, and these: zero in
+        # all streams but one. Without that number and those zeros it fits any number of streams.
+        begin, end = 12 + 4 * sequence, size - 4 * (self.sequences - 1 - sequence)
+        return np.concatenate([state[:8], state[begin:end]])
+
+    def restore(self, sequence: int, state: UInt8) -> None:
+        """Replace what a sequence holds by what `save` returned."""
+        streams = np.array([self.sequences], np.uint32).view(np.uint8)
+        empty = np.zeros(4 * (self.sequences - 1), np.uint8)
+        whole = np.concatenate([state[:8], streams, state[8:], empty])
+        mark = log.mark()
+        if not self._lib.llama_state_seq_set_data(self.pointer, whole.ctypes.data_as(_BYTES), whole.size, sequence):
+            raise NativeError(f"llama.cpp could not restore sequence {sequence}{log.reason(mark)}")
 
     def length(self, sequence: int) -> int:
         """Return how many rows a sequence holds in the native cache."""

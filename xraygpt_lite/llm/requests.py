@@ -7,45 +7,19 @@ only reads `events` and sets `cancelled`. Knows nothing of threads or of other r
 from __future__ import annotations
 
 import time
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event
-from typing import Protocol
 
 import numpy as np
 
 from ..values import Finish, Float32, Int32, Sampling, Segment
+from .draft import Draft, Reader
 from .native import Context
 from .sampling import Sampler
 from .sequence import Chunk, Held, chunks, count
-
-
-class Reader(Protocol):
-    """Turns the bytes of generated tokens into text that may be shown, and knows where an answer stops.
-
-    Attributes
-    ----------
-    stopped
-        A stop string has come.
-    kept_bytes
-        Bytes of the answer before the stop string; valid once stopped.
-    """
-
-    stopped: bool
-
-    @property
-    def kept_bytes(self) -> int: ...
-
-    def feed(self, piece: bytes) -> str:
-        """Take one token's bytes; return the text that may be shown now, holding back partial stops and characters."""
-        ...
-
-    def finish(self) -> str:
-        """Return the text still held back; called once, at the end."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -145,7 +119,40 @@ class Cut(Request):
         self.end(np.empty((0, 0), np.float32))
 
 
-class Generate(Request):
+class Answer(Request):
+    """A request that ends in a `Generation`."""
+
+    def __init__(self, held: Held, segments: Sequence[Segment], chunk: int) -> None:
+        super().__init__(held, segments, chunk)
+        self._base = held.rows + self.prompt_rows
+        self._born = time.perf_counter()
+        self._prefilled = self._born
+
+    def _complete(self, context: Context, draft: Draft, unseen: str = "") -> None:
+        """Show the rest of the text after `unseen`, cut the cache to the tokens wholly before the stop, and report."""
+        text = unseen + draft.rest()
+        if text:
+            self.events.put(text)
+        held, rows = self.held, self._base + draft.kept
+        if held.rows > rows:
+            context.cut(held.id, rows)
+        held.rows, held.tail = rows, None
+        now = time.perf_counter()
+        assert draft.finish is not None
+        self.end(
+            Generation(
+                ids=tuple(draft.ids),
+                finish=draft.finish,
+                prompt_rows=self.prompt_rows,
+                cached_rows=rows,
+                prefill_s=self._prefilled - self._born,
+                generate_s=now - self._prefilled,
+                carry=draft.carry,
+            )
+        )
+
+
+class Generate(Answer):
     """Tokens chosen one by one after the segments, until a stop or the limit."""
 
     def __init__(
@@ -161,86 +168,35 @@ class Generate(Request):
     ) -> None:
         super().__init__(held, segments, chunk)
         self._sampler = sampler
-        self._limit = sampling.max_tokens
-        self._stop_ids = frozenset(stop_ids)
-        self._reader = reader
-        self._base = held.rows + self.prompt_rows
-        self._ids: list[int] = []
-        self._ends: list[int] = []
-        self._bytes = bytearray()
-        self._finish: Finish | None = None
-        self._born = time.perf_counter()
-        self._prefilled = self._born
+        self._draft = Draft(reader, stop_ids, sampling.max_tokens)
 
     @property
     def next_token(self) -> int:
         """The token whose row is to be decoded next."""
-        return self._ids[-1]
+        return self._draft.ids[-1]
 
     @property
     def wants_logits(self) -> bool:
         """False for the row of the very last token, which only has to enter the cache."""
-        return self._finish is None
+        return self._draft.finish is None
 
     def advance(self, context: Context, rows: Sequence[int]) -> None:
         """Choose the next token, show its text, and end where it stops."""
-        if self._finish is not None:
-            self._complete(context)
+        draft = self._draft
+        if not self.wants_logits:
+            self._complete(context, draft)
             return
         if not rows:
             return
-        if not self._ids:
+        if not draft.ids:
             self._prefilled = time.perf_counter()
         context.logits(rows[0])
         token = self._sampler.sample(context, rows[0])
-        self._ids.append(token)
-        if token in self._stop_ids:
-            self._finish = "stop"
-            self._complete(context)
-            return
-        piece = context.model.piece(token)
-        self._bytes += piece
-        self._ends.append(len(self._bytes))
-        text = self._reader.feed(piece)
+        text = draft.add(token, context.model.piece(token))
         if text:
             self.events.put(text)
-        if self._reader.stopped:
-            self._finish = "stop"
-            if self._kept_tokens() < len(self._ids):
-                self._complete(context)
-        elif len(self._ids) == self._limit:
-            self._finish = "length"
-
-    def _kept_bytes(self) -> int:
-        return min(self._reader.kept_bytes, len(self._bytes)) if self._reader.stopped else len(self._bytes)
-
-    def _kept_tokens(self) -> int:
-        return bisect_right(self._ends, self._kept_bytes())
-
-    def _complete(self, context: Context) -> None:
-        """Cut the cache to the tokens wholly before the stop, and report."""
-        rest = self._reader.finish()
-        if rest:
-            self.events.put(rest)
-        kept = self._kept_tokens()
-        held = self.held
-        if held.rows > self._base + kept:
-            context.cut(held.id, self._base + kept)
-        held.rows, held.tail = self._base + kept, None
-        carried = self._bytes[self._ends[kept - 1] if kept else 0 : self._kept_bytes()]
-        now = time.perf_counter()
-        assert self._finish is not None
-        self.end(
-            Generation(
-                ids=tuple(self._ids),
-                finish=self._finish,
-                prompt_rows=self.prompt_rows,
-                cached_rows=held.rows,
-                prefill_s=self._prefilled - self._born,
-                generate_s=now - self._prefilled,
-                carry=carried.decode("utf-8", "replace"),
-            )
-        )
+        if draft.finish is not None and draft.kept < len(draft.ids):
+            self._complete(context, draft)
 
     def close(self) -> None:
         """Free the sampler."""

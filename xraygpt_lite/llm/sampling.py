@@ -1,6 +1,7 @@
 """How the next token is chosen: llama.cpp's sampler chain, built from a `Sampling` record.
 
-Greedy, or penalties → top-k → top-p → temperature → a draw with a seed. Knows nothing of sequences or text.
+Greedy, or penalties → top-k → top-p → temperature → a draw with a seed. Beam search is in `beams`. Knows nothing of
+sequences or text.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .native import Context, Model
 
 # llama.cpp takes the largest 32-bit number to mean "a random seed".
 MAX_SEED = 2**32 - 2
+MAX_BEAMS = 10
 
 
 def check(sampling: Sampling) -> None:
@@ -35,6 +37,8 @@ def check(sampling: Sampling) -> None:
         ("top_k", sampling.top_k >= 0, "0 (off) or more"),
         ("repeat_penalty", 0 < sampling.repeat_penalty < math.inf, "above 0; 1 is off"),
         ("penalty_last_n", sampling.penalty_last_n >= -1, "-1 (all), 0 (off) or more"),
+        ("beams", 1 <= sampling.beams <= MAX_BEAMS, f"from 1 to {MAX_BEAMS}"),
+        ("temperature", sampling.beams == 1 or sampling.temperature == 0, "0 with beam search, which draws nothing"),
         ("seed", 0 <= sampling.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
     )
     for name, holds, expected in rules:

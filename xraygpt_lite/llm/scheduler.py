@@ -21,8 +21,11 @@ from ..closing import Closing
 from ..errors import CancelledError, ClosedError, NativeError, UsageError
 from ..values import DevicePlan, Float32, Int32, Sampling, Segment, TokenSegment
 from .core import Core
-from .requests import Cut, Generate, Generation, Reader, Request, Trace
+from .draft import Reader
+from .requests import Answer, Cut, Generate, Generation, Request, Trace
 from .sampling import Sampler
+from .sampling import check as check_sampling
+from .search import Search
 from .sequence import Held, check, check_fit, count
 
 __all__ = ["Engine", "Generation", "Reader", "Slot", "Stream"]
@@ -121,7 +124,8 @@ class Slot(Closing):
         segments
             At least one row.
         sampling
-            How tokens are chosen, and how many.
+            How tokens are chosen, and how many. With more than one beam it is beam search (`beams`), whose text comes
+            whole at the end.
         stop_ids
             Token ids that end the answer; barred until `min_tokens` others were chosen.
         reader
@@ -142,16 +146,18 @@ class Slot(Closing):
         self._prepare(segments, sampling.max_tokens)
         if not count(segments):
             raise UsageError("there is nothing to answer: the prompt has no rows")
-        sampler = Sampler(self._core.model, sampling, stop_ids)
-        request = Generate(
-            self._held,
-            segments,
-            self._core.context.batch,
-            sampler=sampler,
-            sampling=sampling,
-            stop_ids=stop_ids,
-            reader=reader,
-        )
+        check_sampling(sampling)
+        model, rows = self._core.model, self._core.context.batch
+        request: Answer
+        if sampling.beams > 1:
+            request = Search(
+                self._held, segments, rows, sampling=sampling, stop_ids=stop_ids, reader=reader, plan=self._core.plan
+            )
+        else:
+            sampler = Sampler(model, sampling, stop_ids)
+            request = Generate(
+                self._held, segments, rows, sampler=sampler, sampling=sampling, stop_ids=stop_ids, reader=reader
+            )
         self._submit(request)
         return Stream(self._core, request)
 
@@ -224,7 +230,7 @@ class Slot(Closing):
 class Stream(Iterator[str]):
     """Text of one answer as it comes. Closing or forgetting it, or Ctrl-C while it waits, cancels the answer."""
 
-    def __init__(self, core: Core, request: Generate) -> None:
+    def __init__(self, core: Core, request: Answer) -> None:
         self._core = core
         self._request = request
         self._result: Generation | None = None

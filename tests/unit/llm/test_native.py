@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,50 @@ def test_sequences_do_not_see_each_other(context: native.Context) -> None:
     context.decode(batch)
     np.testing.assert_allclose(context.logits(3), alone, atol=1e-5)
     assert np.abs(context.logits(1) - alone).max() > 0.1
+
+
+@pytest.mark.parametrize("streams", [1, 2, 5])
+@pytest.mark.parametrize("float32_cache", [True, False])
+def test_a_sequence_goes_to_another_context_and_is_copied_there(
+    model: native.Model, plan: DevicePlan, streams: int, float32_cache: bool
+) -> None:
+    plan = replace(plan, float32_cache=float32_cache)
+    batch, other = native.Batch(8), native.Context(model, replace(plan, sequences=streams), 300)
+    context = native.Context(model, plan, 512)
+    ids = [1, 5, 9, 13, 17]
+    context.decode(put(batch, [30, 31, 32], sequence=0))
+    context.decode(put(batch, ids, sequence=1))
+    last = streams - 1
+    other.decode(put(batch, [40, 41, 42, 43, 44, 45], sequence=last))
+    other.restore(last, context.save(1))
+    for to in range(last):
+        other.copy(last, to)
+    context.decode(put(batch, [21], 5, 1))
+    expected = context.logits(0)
+    for sequence in range(streams):
+        other.decode(put(batch, [21], 5, sequence))
+        np.testing.assert_array_equal(other.logits(0), expected)
+        assert other.length(sequence) == 6
+    other.decode(put(batch, [22], 6, last))
+    context.restore(0, other.save(last))
+    assert (context.length(0), context.length(1)) == (7, 6)
+    context.decode(put(batch, [22], 6, 1))
+    context.decode(put(batch, [23], 7, 0))
+    there = context.logits(0)
+    context.decode(put(batch, [23], 7, 1))
+    np.testing.assert_array_equal(there, context.logits(0))
+    context.close()
+    other.close()
+
+
+def test_a_state_that_does_not_fit_is_refused(model: native.Model, plan: DevicePlan) -> None:
+    batch, small = native.Batch(32), native.Context(model, replace(plan, sequences=1), 256)
+    large = native.Context(model, replace(plan, float32_cache=False), 256)
+    large.decode(put(batch, [1, 5, 9], sequence=2))
+    with pytest.raises(NativeError, match="could not restore sequence 0"):
+        small.restore(0, large.save(2))
+    small.close()
+    large.close()
 
 
 def test_a_position_out_of_order_is_an_error_with_llamas_own_words(context: native.Context) -> None:
