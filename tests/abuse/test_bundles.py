@@ -1,6 +1,7 @@
 """Bundles that are damaged or made to deceive: each is refused with one clear BundleError, and nothing crashes."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import tiny_bundle
 from onnx import TensorProto, helper
 
+from xraygpt_lite import verify
 from xraygpt_lite.bundle import manifest, store
 from xraygpt_lite.cache import Cache
 from xraygpt_lite.errors import BundleError
@@ -131,7 +133,11 @@ def test_path_that_leaves_the_folder(bundle_copy: Path, tmp_path: Path, name: st
 
 
 def test_newer_schema(bundle_copy: Path) -> None:
-    text = (bundle_copy / "bundle.json").read_text().replace('"schema": 1', '"schema": 2')
+    text = (
+        (bundle_copy / "bundle.json")
+        .read_text()
+        .replace(f'"schema": {manifest.SCHEMA}', f'"schema": {manifest.SCHEMA + 1}')
+    )
     (bundle_copy / "bundle.json").write_text(text)
     refuse(bundle_copy, "newer schema.*upgrade xraygpt-lite")
 
@@ -172,17 +178,44 @@ def test_garbage_with_a_true_hash(bundle_copy: Path, name: str, kind: str) -> No
     assert "\n" not in str(caught.value)
 
 
-def test_graph_with_weights_outside_the_folder(bundle_copy: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret.bin").write_bytes(bytes(4 * tiny_bundle.FEATURES * tiny_bundle.WIDTH))
-    model = onnx.load(bundle_copy / "projector.onnx")
+def weights_elsewhere(folder: Path, location: str) -> bytes:
+    """Let the projector's graph name another file for its weights, and return them."""
+    model = onnx.load(folder / "projector.onnx")
     weight = model.graph.initializer[0]
+    data = weight.raw_data
     weight.ClearField("raw_data")
     weight.data_location = TensorProto.EXTERNAL
-    weight.external_data.add(key="location", value="../secret.bin")
-    (bundle_copy / "projector.onnx").write_bytes(model.SerializeToString())
+    weight.external_data.add(key="location", value=location)
+    (folder / "projector.onnx").write_bytes(model.SerializeToString())
+    return data
+
+
+@pytest.mark.parametrize(
+    "location", ["../secret.bin", "llm.gguf", "absent.bin", "./listed.bin", "*/_ORT_MEM_ADDR_/*", ""]
+)
+def test_graph_with_weights_that_the_bundle_does_not_list(bundle_copy: Path, tmp_path: Path, location: str) -> None:
+    data = weights_elsewhere(bundle_copy, location)
+    (tmp_path / "secret.bin").write_bytes(data)
+    (bundle_copy / "listed.bin").write_bytes(data)
+    reseal(bundle_copy)
+    refuse(bundle_copy, rf"projector.onnx keeps weights in {re.escape(repr(location))}, which is not among")
+    failed = [check for check in verify.run(bundle_copy, device="cpu") if check.status == "failed"]
+    assert ["keeps weights in" in check.detail for check in failed] == [True]
+
+
+def test_graph_with_weights_in_a_listed_file(bundle_copy: Path) -> None:
+    (bundle_copy / "projector.onnx_data").write_bytes(weights_elsewhere(bundle_copy, "projector.onnx_data"))
+    reseal(bundle_copy)
+    with open_bundle(store.load(bundle_copy, Cache(None)), device="cpu"):
+        pass
+    data = bytearray((bundle_copy / "projector.onnx_data").read_bytes())
+    data[0] ^= 1
+    (bundle_copy / "projector.onnx_data").write_bytes(data)
+    refuse(bundle_copy, ALTERED.format("projector.onnx_data"))
+    (bundle_copy / "projector.onnx_data").write_bytes(data[:-4])
     reseal(bundle_copy)
     with (
-        pytest.raises(BundleError, match=r"projector.onnx"),
+        pytest.raises(BundleError, match=r"projector.onnx cannot be loaded"),
         open_bundle(store.load(bundle_copy, Cache(None)), device="cpu"),
     ):
         pass
