@@ -83,6 +83,19 @@ def test_text_is_the_record_s_and_comes_with_the_disclaimer(run: Run, bundle: Pa
     assert record["disclaimer"] == disclaimer
 
 
+@pytest.mark.usefixtures("folder")
+def test_beams_with_a_preset_that_samples_say_that_they_draw_nothing(run: Run, bundle: Path) -> None:
+    presets = json.loads((bundle / "bundle.json").read_text("utf-8"))["presets"]
+    name = next(name for name, preset in presets.items() if preset["temperature"])
+    done = run("summarize", "a.png", "a.png", "--json", "--beams", "3", "--max-tokens", "8", "--preset", name)
+    first, again = map(json.loads, done.stdout.splitlines())
+    assert first["raw_text"] == again["raw_text"]
+    assert (first["options"]["beams"], first["options"]["temperature"], first["options"]["preset"]) == (3, 0, name)
+    said = f"beam search here draws nothing: the temperature {presets[name]['temperature']} of preset '{name}'"
+    assert any(said in warning for warning in first["warnings"])
+    assert done.stderr.count(said) == 2
+
+
 @pytest.mark.parametrize(
     ("args", "code", "stderr"),
     [

@@ -70,6 +70,8 @@ def test_text(invoke: Invoke, args: list[str], code: int, stdout: str, stderr: s
         (["a.png", "--top-k", "-1"], 2, "-1 is not in the range"),
         (["a.png", "--repeat-penalty", "0"], 2, "0.0 is not in the range"),
         (["a.png", "--seed", "-1"], 2, "-1 is not in the range"),
+        (["a.png", "--beams", "11"], 2, "11 is not in the range"),
+        (["a.png", "--beams", "2", "--temperature", "0.7"], 2, "temperature is 0.7 and beams is 2"),
         (["a.png", "--threads", "0"], 2, "0 is not in the range"),
         (["a.png", "--preset", "nope"], 2, "preset 'nope' is unknown to bundle 'fake'; it has: authors"),
         (["a.png", "--prompt", "nope"], 2, "prompt variant 'nope' is unknown"),

@@ -24,7 +24,6 @@ from .core import Core
 from .draft import Reader
 from .requests import Answer, Cut, Generate, Generation, Request, Trace
 from .sampling import Sampler
-from .sampling import check as check_sampling
 from .search import Search
 from .sequence import Held, check, check_fit, count
 
@@ -146,7 +145,6 @@ class Slot(Closing):
         self._prepare(segments, sampling.max_tokens)
         if not count(segments):
             raise UsageError("there is nothing to answer: the prompt has no rows")
-        check_sampling(sampling)
         model, rows = self._core.model, self._core.context.batch
         request: Answer
         if sampling.beams > 1:

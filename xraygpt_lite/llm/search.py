@@ -18,6 +18,7 @@ from .beams import Beam, Beams
 from .draft import Draft, Reader
 from .native import Batch, Context
 from .requests import Answer
+from .sampling import check
 from .sequence import Chunk, Held
 
 
@@ -41,6 +42,7 @@ class Search(Answer):
         reader: Reader,
         plan: DevicePlan,
     ) -> None:
+        check(sampling)
         super().__init__(held, segments, chunk)
         self._beams = Beams(Draft(reader, stop_ids, sampling.max_tokens), sampling, stop_ids)
         self._plan = replace(
