@@ -107,7 +107,7 @@ def _export(module: nn.Module, example: Tensor, path: Path, source: str, result:
 
 def _place(draft: Path, path: Path) -> None:
     """Move a graph out of the folder it was exported to, which an exporter may have filled with a file a tensor."""
-    if sum(file.stat().st_size for file in draft.parent.iterdir()) <= LARGEST_GRAPH:
+    if list(draft.parent.iterdir()) == [draft] and draft.stat().st_size <= LARGEST_GRAPH:
         draft.rename(path)
         return
     model = onnx.load(draft, load_external_data=False)

@@ -1,4 +1,4 @@
-"""Writes small random checkpoints in the layouts of the paper's model, and what `transformers` answers on fixed inputs.
+"""Writes small random checkpoints in the published layouts; for the paper's model also what `transformers` answers.
 
     python tests/make_checkpoints.py FOLDER
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,29 @@ from sentencepiece import SentencePieceProcessor
 from tiny_llama import train_vocabulary
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, ResNetConfig, ResNetModel, SwinConfig, SwinModel
+
+
+class Eva(NamedTuple):
+    """Sizes of the released families' ViT."""
+
+    width: int
+    depth: int
+    feed_forward: int
+
+
+class Queries(NamedTuple):
+    """Sizes of the Q-Former; every `frequency`-th layer looks at the patches."""
+
+    hidden: int
+    layers: int
+    frequency: int
+    queries: int
+    feed_forward: int
+
+
+EVA, QFORMER = Eva(40, 2, 100), Queries(32, 5, 3, 7, 72)
+PATCH, GRID, LARGE = 8, 4, 6
+"""Pixels of a patch; patches of a side in the table of positions, and in MiniGPT-Med's larger images."""
 
 WIDTH, FEATURES, ADDED, STEPS = 64, 40, "[PAD]", 12
 TEXTS = (
@@ -52,6 +76,92 @@ def make(folder: Path) -> Path:
     golden |= _llm(folder, golden["swin_linear_embeddings"][0], generator)
     np.savez(folder / "golden.npz", **{name: value.detach().numpy() for name, value in golden.items()})
     return folder
+
+
+def released(folder: Path, width: int, seed: int = 5) -> Path:
+    """Write the released families' files for a language model of `width` into `folder` and return it.
+
+    eva.pth, qformer.pth; linear.pth: XrayGPT's and MiniGPT-4's layer; med.pth: MiniGPT-Med's with norm and LoRA,
+    med_plain.pth: the layer alone; paper.pth, published.pth, medclip.bin, llama.pth, grid.pth: other models' files, as
+    far as recognising them needs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    torch.save(_filled(_eva_shapes(), generator), folder / "eva.pth")
+    unused = {
+        "Qformer.cls.predictions.bias": (9,),
+        "Qformer.bert.embeddings.word_embeddings.weight": (9, QFORMER.hidden),
+    }
+    torch.save({"model": _filled(_qformer_shapes() | unused, generator)}, folder / "qformer.pth")
+    lora = "llama_model.base_model.model.model.layers.{}.self_attn.{}_proj.lora_{}.weight"
+    changes = {lora.format(n, part, end): (4, width) if end == "A" else (width, 4)
+               for n in range(2) for part in "qv" for end in "AB"}  # fmt: skip
+    norm = {f"ln_vision.{name}": (EVA.width,) for name in ("weight", "bias")}
+    layers = {
+        "linear": QFORMER.hidden,
+        "med": 4 * EVA.width,
+        "med_plain": 4 * EVA.width,
+        "paper": 512,
+        "published": 768,
+    }
+    for name, features in layers.items():
+        shapes = {"llama_proj.weight": (width, features), "llama_proj.bias": (width,)}
+        state = _filled(shapes | (norm | changes if name == "med" else {}), generator)
+        torch.save({"model": state, "epoch": 1}, folder / f"{name}.pth")
+    patches = "vision_model.model.embeddings.patch_embeddings.projection.weight"
+    marks = {"medclip.bin": patches, "llama.pth": "model.embed_tokens.weight", "grid.pth": "towers.0.stem.0.weight"}
+    for name, mark in marks.items():
+        torch.save({mark: torch.ones(2, 2)}, folder / name)
+    return folder
+
+
+def _eva_shapes() -> dict[str, tuple[int, ...]]:
+    width = EVA.width
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, width), "pos_embed": (1, 1 + GRID * GRID, width),
+        "patch_embed.proj.weight": (width, 3, PATCH, PATCH), "patch_embed.proj.bias": (width,),
+    }  # fmt: skip
+    for n in range(EVA.depth):
+        shapes |= {f"blocks.{n}.attn.{name}_bias": (width,) for name in "qv"}
+        shapes |= {f"blocks.{n}.attn.qkv.weight": (3 * width, width)}
+        inner = {"mlp.fc1": (EVA.feed_forward, width), "mlp.fc2": (width, EVA.feed_forward)}
+        shapes |= _pairs(f"blocks.{n}", {"norm1": (width,), "norm2": (width,), "attn.proj": (width, width), **inner})
+    return shapes
+
+
+def _qformer_shapes() -> dict[str, tuple[int, ...]]:
+    hidden, inner = QFORMER.hidden, QFORMER.feed_forward
+    shapes: dict[str, tuple[int, ...]] = {"query_tokens": (1, QFORMER.queries, hidden)}
+    shapes |= _pairs("Qformer.bert.embeddings", {"LayerNorm": (hidden,)}) | _pairs("", {"ln_vision": (EVA.width,)})
+    for n in range(QFORMER.layers):
+        layer = f"Qformer.bert.encoder.layer.{n}"
+        for part, source in (("attention", hidden), ("crossattention", EVA.width)):
+            if part == "attention" or n % QFORMER.frequency == 0:
+                looked = {"self.query": (hidden, hidden), "self.key": (hidden, source), "self.value": (hidden, source)}
+                shapes |= _pairs(f"{layer}.{part}", looked)
+                shapes |= _pairs(f"{layer}.{part}.output", {"dense": (hidden, hidden), "LayerNorm": (hidden,)})
+        for part, width in (("intermediate_query.dense", (inner, hidden)), ("output_query.dense", (hidden, inner))):
+            shapes |= _pairs(layer, {part: width})
+        shapes |= _pairs(layer, {"output_query.LayerNorm": (hidden,), "intermediate.dense": (inner, hidden)})
+    return shapes
+
+
+def _pairs(where: str, weights: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Weight and bias of each named layer."""
+    named = {f"{where}.{name}".lstrip("."): shape for name, shape in weights.items()}
+    return {f"{name}.{kind}": shape if kind == "weight" else shape[:1]
+            for name, shape in named.items() for kind in ("weight", "bias")}  # fmt: skip
+
+
+def _filled(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, Tensor]:
+    """Random values at which no part is negligible; norms are about 1."""
+    state = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        one_row = len(shape) == 1 or shape[0] == 1
+        state[name] = 0.3 * noise if one_row else noise * (1.4 / noise[0].numel() ** 0.5)
+        if len(shape) == 1 and name.endswith("weight"):
+            state[name] += 1
+    return state
 
 
 @torch.no_grad()
