@@ -34,13 +34,19 @@ SIZE, TOKENS, FEATURES, WIDTH, VOCAB, LAYERS, HEADS, HIDDEN = 32, 4, 8, 32, 352,
 BOS, EOS = 1, 2
 
 
-def make(folder: Path, *, seed: int = 0, width: int = WIDTH, name: str = "tiny") -> Path:
-    """Write a whole bundle into `folder`; `width` is the projector's alone, to make one that does not fit."""
+def make(
+    folder: Path, *, seed: int = 0, width: int = WIDTH, name: str = "tiny", says: tuple[str, ...] = ()
+) -> Path:
+    """Write a whole bundle into `folder`.
+
+    `width` is the projector's alone, to make one that does not fit. With `says`, every answer is these tokens in this
+    order, whatever is asked.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     write_vision(folder / "vision.onnx", rng)
     write_projector(folder / "projector.onnx", rng, width)
-    write_llm(folder / "llm.gguf", rng)
+    write_llm(folder / "llm.gguf", rng, says)
     seal(folder, replace(plain_manifest(name), width=width))
     return folder
 
@@ -125,8 +131,12 @@ def write_projector(path: Path, rng: np.random.Generator, width: int = WIDTH) ->
     _write_graph(path, nodes, {"weight": weight}, source, result)
 
 
-def write_llm(path: Path, rng: np.random.Generator) -> None:
-    """A Llama with a SentencePiece vocabulary of control, byte and character tokens, float32."""
+def write_llm(path: Path, rng: np.random.Generator, says: tuple[str, ...] = ()) -> None:
+    """A Llama with a SentencePiece vocabulary of control, byte and character tokens, float32.
+
+    With `says`, further tokens that no text merges to; the next token then depends on the last one alone: the first of
+    them follows every other token, EOS the last of them.
+    """
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(512)
     writer.add_embedding_length(WIDTH)
@@ -136,12 +146,13 @@ def write_llm(path: Path, rng: np.random.Generator) -> None:
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_dimension_count(WIDTH // HEADS)
-    writer.add_vocab_size(VOCAB)
+    writer.add_vocab_size(VOCAB + len(says))
     kind = gguf.TokenType
     tokens = [("<unk>", kind.UNKNOWN), ("<s>", kind.CONTROL), ("</s>", kind.CONTROL)]
     tokens += [(f"<0x{byte:02X}>", kind.BYTE) for byte in range(256)]
     tokens += [("\u2581", kind.NORMAL)]
     tokens += [(chr(code), kind.NORMAL) for code in range(33, 33 + VOCAB - len(tokens))]
+    tokens += [(piece.replace(" ", "\u2581"), kind.NORMAL) for piece in says]
     writer.add_tokenizer_model("llama")
     writer.add_token_list([text for text, _ in tokens])
     writer.add_token_scores([-float(i) for i in range(len(tokens))])
@@ -153,18 +164,25 @@ def write_llm(path: Path, rng: np.random.Generator) -> None:
     def matrix(rows: int, columns: int, scale: float = 1.0) -> np.ndarray:
         return rng.normal(0, scale / np.sqrt(columns), (rows, columns)).astype(np.float32)
 
-    writer.add_tensor("token_embd.weight", matrix(len(tokens), WIDTH, np.sqrt(WIDTH)))
-    writer.add_tensor("output.weight", matrix(len(tokens), WIDTH, 3.0))
+    embedding, output = matrix(len(tokens), WIDTH, np.sqrt(WIDTH)), matrix(len(tokens), WIDTH, 3.0)
+    if says:
+        axis = np.zeros(len(tokens), int)
+        axis[VOCAB:] = np.arange(1, len(says) + 1)
+        embedding, output = np.eye(WIDTH, dtype=np.float32)[axis], np.zeros_like(output)
+        output[[*range(VOCAB, len(tokens)), EOS], np.arange(len(says) + 1)] = 10.0
+    writer.add_tensor("token_embd.weight", embedding)
+    writer.add_tensor("output.weight", output)
     writer.add_tensor("output_norm.weight", np.ones(WIDTH, np.float32))
     for layer in range(LAYERS):
         block = f"blk.{layer}."
         for norm in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"{block}{norm}.weight", np.ones(WIDTH, np.float32))
         for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            writer.add_tensor(f"{block}{part}.weight", matrix(WIDTH, WIDTH, 1.5))
+            silent = bool(says) and part == "attn_output"
+            writer.add_tensor(f"{block}{part}.weight", matrix(WIDTH, WIDTH, 0.0 if silent else 1.5))
         writer.add_tensor(f"{block}ffn_gate.weight", matrix(HIDDEN, WIDTH))
         writer.add_tensor(f"{block}ffn_up.weight", matrix(HIDDEN, WIDTH))
-        writer.add_tensor(f"{block}ffn_down.weight", matrix(WIDTH, HIDDEN))
+        writer.add_tensor(f"{block}ffn_down.weight", matrix(WIDTH, HIDDEN, 0.0 if says else 1.0))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

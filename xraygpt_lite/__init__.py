@@ -29,12 +29,13 @@ from xraygpt_lite.errors import (
 if TYPE_CHECKING:
     from xraygpt_lite.chat import AnswerStream, ChatSession
     from xraygpt_lite.model import XrayModel, load
-    from xraygpt_lite.values import Failure, Finding, GenerationOptions, Radiograph, Sampling, Summary
+    from xraygpt_lite.values import Box, Failure, Finding, GenerationOptions, Radiograph, Sampling, Summary
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AnswerStream",
+    "Box",
     "BundleError",
     "CancelledError",
     "ChatSession",
@@ -62,7 +63,7 @@ __all__ = [
 _LAZY = {
     **dict.fromkeys(("AnswerStream", "ChatSession"), "chat"),
     **dict.fromkeys(("XrayModel", "load"), "model"),
-    **dict.fromkeys(("Failure", "Finding", "GenerationOptions", "Radiograph", "Sampling", "Summary"), "values"),
+    **dict.fromkeys(("Box", "Failure", "Finding", "GenerationOptions", "Radiograph", "Sampling", "Summary"), "values"),
 }
 
 

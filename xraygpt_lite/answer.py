@@ -6,7 +6,8 @@ Works on bytes, because a token may end within a character; knows no token ids a
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 
 
 class AnswerReader:
@@ -69,3 +70,11 @@ def _overlap(data: bytes, stop: bytes) -> int:
 def clean(raw: str, keep_after: str) -> str:
     """The answer as a reader sees it: what follows the last `keep_after` (a role marker), stripped."""
     return (raw.rsplit(keep_after, 1)[-1] if keep_after else raw).strip()
+
+
+def reworded(text: str, words: Mapping[str, str]) -> str:
+    """`text` with every word that is a key replaced by its value, in one pass: no replacement is replaced again."""
+    if not words:
+        return text
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.sub("|".join(map(re.escape, longest_first)), lambda match: words[match[0]], text)

@@ -5,19 +5,20 @@ Knows the engine's slots, the prompt's wording and the answer's clean-up. `model
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from xraygpt_lite import prompt
-from xraygpt_lite.answer import AnswerReader, clean
+from xraygpt_lite import boxes, prompt
+from xraygpt_lite.answer import AnswerReader, clean, reworded
 from xraygpt_lite.closing import Closing
 from xraygpt_lite.errors import ClosedError
 from xraygpt_lite.llm.scheduler import Engine, Generation, Slot, Stream
-from xraygpt_lite.options import resolve
+from xraygpt_lite.options import resolve, undrawn
 from xraygpt_lite.values import (
     Bundle,
     Float32,
     GenerationOptions,
+    Placement,
     Radiograph,
     Sampling,
     Segment,
@@ -30,11 +31,13 @@ from xraygpt_lite.values import (
 class Study:
     """A radiograph that has been through the vision graphs, and how long each stage took.
 
-    `rows` is float32 (N, E): the image tokens of this one radiograph.
+    `rows` is float32 (N, E): the image tokens of this one radiograph; `placement` is where it lies in the encoder's
+    input.
     """
 
     radiograph: Radiograph
     rows: Float32
+    placement: Placement
     timings: Timings
 
 
@@ -43,10 +46,18 @@ class AnswerStream(Closing, Iterator[str]):
 
     Closing it early, or dropping it, cancels the generation. Pieces are the model's words before the final clean-up,
     save that white space at the start is left out; `summary.text` is what a reader should keep.
+
+    Attributes
+    ----------
+    radiograph
+        What the answer is about.
     """
 
-    def __init__(self, chat: ChatSession, stream: Stream, question: str, sampling: Sampling, turn_only: bool) -> None:
-        self._chat, self._stream, self._question, self._sampling = chat, stream, question, sampling
+    def __init__(
+        self, chat: ChatSession, stream: Stream, asked: prompt.Asked, sampling: Sampling, turn_only: bool
+    ) -> None:
+        self.radiograph = chat.radiograph
+        self._chat, self._stream, self._asked, self._sampling = chat, stream, asked, sampling
         self._turn_only = turn_only
         self._raw = ""
         self._summary: Summary | None = None
@@ -101,7 +112,7 @@ class AnswerStream(Closing, Iterator[str]):
 
     def _finish(self) -> None:
         self._ended = True
-        self._summary = self._chat._record(self._question, self._sampling, self._raw, self._stream.result)
+        self._summary = self._chat._record(self._asked, self._sampling, self._raw, self._stream.result)
         if self._turn_only:
             self._chat.close()
 
@@ -113,6 +124,8 @@ class ChatSession(Closing):
 
     Attributes
     ----------
+    radiograph
+        What the conversation is about.
     turns
         Finished records, oldest first.
     """
@@ -120,6 +133,7 @@ class ChatSession(Closing):
     def __init__(self, engine: Engine, bundle: Bundle, study: Study, variant: str | None, device: str) -> None:
         self._manifest, self._bundle_id = bundle.manifest, bundle.id
         self._engine, self._study, self._device = engine, study, device
+        self.radiograph = study.radiograph
         self._variant_name, self._variant = prompt.variant_of(bundle.manifest.prompt, variant)
         self._slot: Slot = engine.open()
         self._carry = ""
@@ -127,23 +141,43 @@ class ChatSession(Closing):
         self._closed = False
         self.turns: list[Summary] = []
 
-    def ask(self, question: str | None = None, options: GenerationOptions | None = None) -> Summary:
-        """Ask and wait for the whole answer. Raises as `stream` does."""
-        return self.stream(question, options).summary
+    def ask(
+        self,
+        question: str | None = None,
+        options: GenerationOptions | None = None,
+        *,
+        task: str | None = None,
+        box: Sequence[float] | None = None,
+    ) -> Summary:
+        """Ask and wait for the whole answer. Takes and raises what `stream` does."""
+        return self.stream(question, options, task=task, box=box).summary
 
-    def stream(self, question: str | None = None, options: GenerationOptions | None = None) -> AnswerStream:
+    def stream(
+        self,
+        question: str | None = None,
+        options: GenerationOptions | None = None,
+        *,
+        task: str | None = None,
+        box: Sequence[float] | None = None,
+    ) -> AnswerStream:
         """Ask, and read the answer as it comes; an earlier answer that is still open is cancelled first.
+
+        Parameters
+        ----------
+        question, options, task, box
+            As in `XrayModel.summarize`; each turn has its own.
 
         Raises
         ------
         UsageError
-            The question is empty or contains a turn marker, or an option makes no sense.
+            The question is empty or contains a turn marker, the bundle has no such task, a box is missing, superfluous
+            or outside the image, or an option makes no sense.
         ContextError
             The conversation and the longest answer would not fit the context; nothing was decoded.
         ClosedError
             The session, or its model, was closed.
         """
-        return self._ask(question, options, turn_only=False)
+        return self._ask(prompt.ask(self._manifest.prompt, question, task, box), options, turn_only=False)
 
     def close(self) -> None:
         """Give the sequence back to the engine. Safe to call twice."""
@@ -151,12 +185,14 @@ class ChatSession(Closing):
             self._closed = True
             self._slot.close()
 
-    def _ask(self, question: str | None, options: GenerationOptions | None, *, turn_only: bool) -> AnswerStream:
+    def _ask(self, asked: prompt.Asked, options: GenerationOptions | None, *, turn_only: bool) -> AnswerStream:
         if self._closed:
             raise ClosedError("this conversation was closed; start another with XrayModel.chat")
         if self._open is not None:
             self._open.close()
-        text = prompt.check_question(self._manifest.prompt, question)
+        spec, placement, side = self._manifest.prompt, self._study.placement, self._manifest.image.size
+        markup = "" if asked.box is None else boxes.markup(asked.box, placement, side, spec.box_grid)
+        text = prompt.wording(spec, asked, markup)
         sampling = resolve(options, self._manifest)
         tokenize = self._engine.tokenize
         segments: list[Segment]
@@ -165,25 +201,32 @@ class ChatSession(Closing):
         else:
             segments = prompt.build(self._variant, text, self._study.rows, tokenize)
         reader = AnswerReader(sampling.stops)
-        stream = self._slot.generate(segments, sampling, stop_ids=self._manifest.prompt.stop_ids, reader=reader)
-        answer = AnswerStream(self, stream, text, sampling, turn_only)
+        stream = self._slot.generate(segments, sampling, stop_ids=spec.stop_ids, reader=reader)
+        answer = AnswerStream(self, stream, asked, sampling, turn_only)
         self._open = answer if not turn_only else None
         return answer
 
-    def _record(self, question: str, sampling: Sampling, raw: str, generation: Generation) -> Summary:
+    def _record(self, asked: prompt.Asked, sampling: Sampling, raw: str, generation: Generation) -> Summary:
         self._carry = generation.carry
+        read = self._read(raw)
         radiograph, timings = self._study.radiograph, self._study.timings
         first = not self.turns
         summary = Summary(
             source=radiograph.source,
             sha256=radiograph.sha256,
             sop_instance_uid=radiograph.sop_instance_uid,
-            question=question,
+            question=asked.question,
             prompt_variant=self._variant_name,
-            text=clean(raw, self._manifest.prompt.keep_after),
+            text=read.text,
             raw_text=raw,
             finish=generation.finish,
-            warnings=(*self._manifest.warnings, *radiograph.warnings, *_length_warning(generation, sampling)),
+            warnings=(
+                *self._manifest.warnings,
+                *radiograph.warnings,
+                *undrawn(sampling, self._manifest),
+                *_length_warning(generation, sampling),
+                *read.warnings,
+            ),
             options=sampling,
             device=self._device,
             bundle_id=self._bundle_id,
@@ -195,9 +238,20 @@ class ChatSession(Closing):
             image_tokens=len(self._study.rows) if first else 0,
             answer_tokens=len(generation.ids),
             disclaimer=self._manifest.disclaimer,
+            task=asked.task,
+            asked_box=asked.box,
+            boxes=read.boxes,
         )
         self.turns.append(summary)
         return summary
+
+    def _read(self, raw: str) -> boxes.Reading:
+        """The answer as a reader sees it; the cache keeps the model's own words."""
+        spec = self._manifest.prompt
+        text = reworded(clean(raw, spec.keep_after), spec.replaced)
+        if not spec.box_grid:
+            return boxes.Reading(text, (), ())
+        return boxes.parse(text, self._study.placement, self._manifest.image.size, spec.box_grid)
 
 
 def _length_warning(generation: Generation, sampling: Sampling) -> tuple[str, ...]:

@@ -137,6 +137,8 @@ class XrayModel(Closing):
         question: str | None = None,
         options: GenerationOptions | None = None,
         *,
+        task: str | None = None,
+        box: Sequence[float] | None = None,
         variant: str | None = None,
     ) -> Summary:
         """One answer about one radiograph.
@@ -146,9 +148,13 @@ class XrayModel(Closing):
         image
             A path, a file's bytes, an array (H, W) with 0 = dark, or a `Radiograph`.
         question
-            None asks the bundle's default question.
+            None asks the bundle's default question, or the task's.
         options
             What is None in it is decided by the preset, else by the bundle.
+        task
+            One of the bundle's forms of question (`bundle.manifest.prompt.tasks`); None asks the question as it is.
+        box
+            (x0, y0, x1, y1) in pixels of the original image, for a task that asks about a rectangle.
         variant
             One of the bundle's prompt wordings; None is its default.
 
@@ -157,11 +163,12 @@ class XrayModel(Closing):
         ImageError
             The image cannot be read as a radiograph.
         UsageError
-            The question contains a turn marker, or an option makes no sense.
+            The question contains a turn marker, the bundle has no such task, a box is missing, superfluous or outside
+            the image, or an option makes no sense.
         ContextError
             Prompt and longest answer do not fit the context.
         """
-        return self.stream(image, question, options, variant=variant).summary
+        return self.stream(image, question, options, task=task, box=box, variant=variant).summary
 
     def stream(
         self,
@@ -169,13 +176,15 @@ class XrayModel(Closing):
         question: str | None = None,
         options: GenerationOptions | None = None,
         *,
+        task: str | None = None,
+        box: Sequence[float] | None = None,
         variant: str | None = None,
     ) -> AnswerStream:
         """As `summarize`, with the text as it comes and the record in `.summary` at the end."""
-        self.check(question, options, variant=variant)
+        asked = self.check(question, options, task=task, box=box, variant=variant)
         chat = self.chat(image, variant=variant)
         try:
-            return chat._ask(question, options, turn_only=True)
+            return chat._ask(asked, options, turn_only=True)
         except BaseException:
             chat.close()
             raise
@@ -185,12 +194,18 @@ class XrayModel(Closing):
         return ChatSession(self._open(), self.bundle, self.study(image), variant, self.plan.device)
 
     def check(
-        self, question: str | None = None, options: GenerationOptions | None = None, *, variant: str | None = None
-    ) -> None:
-        """Raise the UsageError that `summarize` would raise for these, without an image."""
+        self,
+        question: str | None = None,
+        options: GenerationOptions | None = None,
+        *,
+        task: str | None = None,
+        box: Sequence[float] | None = None,
+        variant: str | None = None,
+    ) -> prompt.Asked:
+        """What would be asked; raises the UsageError that `summarize` would raise for any image."""
         prompt.variant_of(self.bundle.manifest.prompt, variant)
-        prompt.check_question(self.bundle.manifest.prompt, question)
         resolve(options, self.bundle.manifest)
+        return prompt.ask(self.bundle.manifest.prompt, question, task, box)
 
     def score(self, image: Image, question: str, choices: Sequence[str]) -> dict[str, float]:
         """How likely each choice is as the answer: probabilities that sum to 1.
@@ -230,9 +245,10 @@ class XrayModel(Closing):
         began = time.perf_counter()
         radiograph = image if isinstance(image, Radiograph) else read(image)
         was_read = time.perf_counter()
-        tokens = self._encoder.encode(transform([radiograph], self.bundle.manifest.image))
+        pixels = transform([radiograph], self.bundle.manifest.image)
+        tokens = self._encoder.encode(pixels)
         timings = Timings(read=was_read - began, vision=time.perf_counter() - was_read)
-        return Study(radiograph, tokens.data[0], timings)
+        return Study(radiograph, tokens.data[0], pixels.placements[0], timings)
 
     def tokens_of(self, image: Image) -> ImageTokens:
         """The image tokens (1, N, E) of one radiograph."""

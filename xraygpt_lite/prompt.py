@@ -5,18 +5,40 @@ Knows the wording (`PromptSpec`) and is given a tokenizer; knows no model, image
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
+from xraygpt_lite import boxes
 from xraygpt_lite.errors import UsageError
-from xraygpt_lite.values import EmbeddingSegment, Float32, Int32, PromptSpec, PromptVariant, Segment, TokenSegment
+from xraygpt_lite.values import (
+    Corners,
+    EmbeddingSegment,
+    Float32,
+    Int32,
+    PromptSpec,
+    PromptVariant,
+    Segment,
+    TaskSpec,
+    TokenSegment,
+)
 
 
 class Tokenize(Protocol):
     """Text → ids, int32 (n,); control tokens are never parsed out of the text."""
 
     def __call__(self, text: str, *, leading_space: bool) -> Int32: ...
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the caller asked, checked: the words (or the default ones), the bundle's task, and the rectangle."""
+
+    question: str
+    task: str | None = None
+    box: Corners | None = None
 
 
 def variant_of(spec: PromptSpec, name: str | None) -> tuple[str, PromptVariant]:
@@ -33,6 +55,45 @@ def variant_of(spec: PromptSpec, name: str | None) -> tuple[str, PromptVariant]:
             f"prompt variant {chosen!r} is unknown to this bundle; it has: {', '.join(sorted(spec.variants))}"
         )
     return chosen, spec.variants[chosen]
+
+
+def ask(spec: PromptSpec, question: str | None, task: str | None = None, box: Sequence[float] | None = None) -> Asked:
+    """Check what is asked, so far as that can be told without an image.
+
+    Raises
+    ------
+    UsageError
+        As `check_question`; the bundle has no such task; the task has no question of its own and none is given; a box
+        is missing, superfluous or no rectangle.
+    """
+    form = _task(spec, task)
+    if form is None:
+        asked = check_question(spec, question)
+    elif question is None:
+        if not form.default_question:
+            raise UsageError(f"task {task!r} has no question of its own; say what to ask (--question)")
+        asked = form.default_question
+    else:
+        asked = check_question(spec, question)
+    if form is None or "{box}" not in form.template:
+        if box is not None:
+            takers = ", ".join(name for name, one in spec.tasks.items() if "{box}" in one.template)
+            raise UsageError(
+                f"a box can be given only with a task that asks about one; this bundle has: {takers or 'none'}"
+            )
+        return Asked(asked, task)
+    if box is None:
+        raise UsageError(
+            f"task {task!r} asks about a box; give its X0,Y0,X1,Y1 in pixels of the original image (--box)"
+        )
+    return Asked(asked, task, boxes.corners(box))
+
+
+def wording(spec: PromptSpec, asked: Asked, markup: str) -> str:
+    """The text that stands for the question: its task's template with the question in it, and `markup` for the box."""
+    if asked.task is None:
+        return asked.question
+    return _fill(spec.tasks[asked.task].template.replace("{box}", markup), asked.question)
 
 
 def check_question(spec: PromptSpec, question: str | None) -> str:
@@ -82,6 +143,16 @@ def next_turn(variant: PromptVariant, question: str, carry: str, tokenize: Token
     head = tokenize(carry, leading_space=False) if carry else np.empty(0, np.int32)
     tail = _tokens(variant.next_turn_ids, text, True, tokenize)
     return TokenSegment(np.concatenate([head, tail.ids]).astype(np.int32))
+
+
+def _task(spec: PromptSpec, name: str | None) -> TaskSpec | None:
+    if name is None:
+        return None
+    if not spec.tasks:
+        raise UsageError(f"task {name!r} is unknown: this bundle has no tasks; ask a question without one")
+    if name not in spec.tasks:
+        raise UsageError(f"task {name!r} is unknown to this bundle; it has: {', '.join(spec.tasks)}")
+    return spec.tasks[name]
 
 
 def _fill(template: str, question: str) -> str:

@@ -18,6 +18,8 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 Fit = Literal["stretch", "pad"]
+Corners = tuple[float, float, float, float]
+"""x0, y0, x1, y1 of a rectangle in pixels of the original image: edges, not centres of pixels; y downwards."""
 Finish = Literal["stop", "length"]
 
 RECORD_SCHEMA = "xraygpt-lite/record/1"
@@ -351,7 +353,11 @@ class Timings:
 
 @dataclass(frozen=True)
 class Summary:
-    """One answer about one radiograph, and all that is needed to tell how it came about."""
+    """One answer about one radiograph, and all that is needed to tell how it came about.
+
+    `question`, `task` and `asked_box` are what the caller asked; with the bundle's templates they give what the model
+    was sent. `raw_text` is what it said up to a stop string; `text` is that as a reader sees it.
+    """
 
     source: str
     sha256: str
@@ -373,6 +379,7 @@ class Summary:
     disclaimer: str
     findings: tuple[Finding, ...] = ()
     task: str | None = None
+    asked_box: Corners | None = None
     boxes: tuple[Box, ...] = ()
     schema: str = field(default=RECORD_SCHEMA, kw_only=True)
 

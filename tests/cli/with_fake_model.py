@@ -27,11 +27,12 @@ from xraygpt_lite.values import (
     Sampling,
     SelfTest,
     Summary,
+    TaskSpec,
     Timings,
 )
 
 MANIFEST = Manifest(
-    schema=1,
+    schema=2,
     name="fake",
     family="fake",
     licence="none",
@@ -49,17 +50,25 @@ MANIFEST = Manifest(
         keep_after="",
         refused=("###Doctor:",),
         default_question="What does it show?",
+        tasks={
+            "vqa": TaskSpec("[vqa] {question}", ""),
+            "identify": TaskSpec("[identify] {question} {box}", "What is it?"),
+        },
+        box_grid=100,
     ),
     defaults=Sampling(max_tokens=300),
     presets={"authors": GenerationOptions(temperature=1.0, top_p=0.9)},
     weight_types={},
     agreement={},
+    warnings=(),
     files=(),
     self_test=SelfTest(0, (), (), 0.0, "", (), (), 0.0),
 )
 
 
 class Stream(contextlib.AbstractContextManager["Stream"]):
+    radiograph = None  # of files that are no images
+
     def __init__(self, summary: Summary, turns: list[Summary] | None = None) -> None:
         self._result, self._turns = summary, turns
         self.summary: Summary
@@ -87,8 +96,8 @@ class Chat:
         self._model, self._image = model, image
         self.turns: list[Summary] = []
 
-    def stream(self, question: str, options: GenerationOptions | None) -> Stream:
-        summary = self._model.answer(self._image, question, options)
+    def stream(self, question: str | None, options: GenerationOptions | None, *, task: Any, box: Any) -> Stream:
+        summary = self._model.answer(self._image, question, options, task, box)
         return Stream(replace(summary, raw_text=f"[{len(self.turns)} before] {summary.raw_text}",
                               text=f"[{len(self.turns)} before] {summary.text}"), self.turns)  # fmt: skip
 
@@ -105,22 +114,30 @@ class Model:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def check(self, question: str | None, options: GenerationOptions | None, *, variant: str | None) -> None:
+    def check(
+        self, question: str | None, options: Any, *, task: Any = None, box: Any = None, variant: str | None
+    ) -> prompt.Asked:
         prompt.variant_of(MANIFEST.prompt, variant)
-        prompt.check_question(MANIFEST.prompt, question)
         resolve(options, MANIFEST)
+        return prompt.ask(MANIFEST.prompt, question, task, box)
 
-    def stream(self, image: str | bytes, question: str | None, options: Any, *, variant: str | None) -> Stream:
-        return Stream(self.answer(image, question, options))
+    def stream(
+        self, image: str | bytes, question: str | None, options: Any, *, task: Any, box: Any, variant: str | None
+    ) -> Stream:
+        return Stream(self.answer(image, question, options, task, box))
 
     def chat(self, image: str, *, variant: str | None) -> Chat:
         self._read(image)
         return Chat(self, image)
 
-    def answer(self, image: str | bytes, question: str | None, options: GenerationOptions | None) -> Summary:
+    def answer(
+        self, image: str | bytes, question: str | None, options: GenerationOptions | None, task: Any, box: Any
+    ) -> Summary:
         size = self._read(image)
-        asked = prompt.check_question(MANIFEST.prompt, question)
-        text = " ".join(["word"] * 60) if "slow" in asked else f"{size} bytes, asked: {asked}"
+        request = prompt.ask(MANIFEST.prompt, question, task, box)
+        asked = request.question
+        text = f"{size} bytes, asked: {prompt.wording(MANIFEST.prompt, request, str(request.box))}"
+        text = " ".join(["word"] * 60) if "slow" in asked else text
         return Summary(
             source=image if isinstance(image, str) else "bytes",
             sha256="a" * 64,
@@ -140,6 +157,8 @@ class Model:
             image_tokens=1,
             answer_tokens=4,
             disclaimer=MANIFEST.disclaimer,
+            task=request.task,
+            asked_box=request.box,
         )
 
     def _read(self, image: str | bytes) -> int:

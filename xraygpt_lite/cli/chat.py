@@ -14,9 +14,13 @@ from xraygpt_lite.errors import BundleError, CancelledError, ClosedError, UsageE
 
 if TYPE_CHECKING:
     from xraygpt_lite import ChatSession, XrayModel
-    from xraygpt_lite.values import GenerationOptions
+    from xraygpt_lite.values import Corners, GenerationOptions
 
-_WAYS = "/reset starts the conversation again, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+_TASK = "/task"
+_WAYS = (
+    "/task NAME [X0,Y0,X1,Y1] [QUESTION] asks in a form of the bundle's, /reset starts the conversation again, "
+    "/quit or Ctrl-D leaves, Ctrl-C stops an answer"
+)
 
 
 @click.command("chat")
@@ -29,9 +33,11 @@ def command(
 ) -> int:
     """Ask questions about one radiograph in the terminal.
 
-    Every question sees the answers before it. /reset starts the conversation again, /quit or Ctrl-D leaves. Ctrl-C
-    stops the answer that is being given; at the prompt it leaves with exit code 130. The arrow keys recall this
-    conversation's questions, which are kept nowhere. Where standard input is not a terminal, each line is a question.
+    Every question sees the answers before it. /task NAME [X0,Y0,X1,Y1] [QUESTION] asks in one of the bundle's forms of
+    question, about a rectangle in pixels of the image if it is one about a rectangle. /reset starts the conversation
+    again, /quit or Ctrl-D leaves. Ctrl-C stops the answer that is being given; at the prompt it leaves with exit code
+    130. The arrow keys recall this conversation's questions, which are kept nowhere. Where standard input is not a
+    terminal, each line is a question.
     """
     if image == "-":
         raise UsageError("chat reads its questions from standard input; name the image's file")
@@ -56,23 +62,44 @@ class _Conversation:
         self._quiet = quiet
         self._session: ChatSession = model.chat(image, variant=variant)
 
-    def ask(self, question: str) -> None:
-        """Show the answer as it comes. An interrupt leaves the conversation as if this had not been asked."""
+    def ask(self, line: str) -> None:
+        """Show the answer to a question, or to a /task, as it comes.
+
+        An interrupt leaves the conversation as if this had not been asked.
+        """
+        from xraygpt_lite.report import text as form
+
+        question, task, box = self._parse(line)
         screen = console.Live()
         try:
-            with self._session.stream(question, self._options) as stream:
+            with self._session.stream(question, self._options, task=task, box=box) as stream:
                 for text in stream:
                     screen.piece(text)
                 summary = stream.summary
         except BaseException:
             screen.end("")
             raise
-        screen.end(f"{summary.text}\n")
+        screen.end(form.answer(summary))
         for warning in summary.warnings:
             # those of the image come with every answer
             if not self._quiet and (warning not in self._warned or summary.finish == "length"):
                 console.warn(warning)
             self._warned.add(warning)
+
+    def _parse(self, line: str) -> tuple[str | None, str | None, Corners | None]:
+        """Question, task and box of a line; the first word after a task about a rectangle is the rectangle."""
+        if line.split()[0] != _TASK:
+            return line, None, None
+        tasks = self._model.bundle.manifest.prompt.tasks
+        _, *rest = line.split(maxsplit=2)
+        if not rest:
+            raise UsageError(f"{_TASK} needs a name; this bundle has: {', '.join(tasks) or 'none'}")
+        name, words = rest[0], rest[1] if len(rest) > 1 else ""
+        box = None
+        if name in tasks and "{box}" in tasks[name].template and words:
+            first, _, words = words.partition(" ")
+            box = options.box(first)
+        return words.strip() or None, name, box
 
     def reset(self) -> None:
         self.close()
@@ -98,7 +125,7 @@ def _typed(conversation: _Conversation) -> int:
         try:
             if question == "/reset":
                 conversation.reset()
-            elif question.startswith("/"):
+            elif question.startswith("/") and question.split()[0] != _TASK:
                 console.error(f"{question.split()[0]} is no command; {_WAYS}")
             elif question:
                 conversation.ask(question)

@@ -1,4 +1,4 @@
-"""What every command says on stderr, and the one file that may take a command's output."""
+"""What every command says on stderr, and the files that may take a command's output."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Live:
 
 
 class OutputFile:
-    """The file named by -o: checked before the work, written at once after it, never half.
+    """A file named by an option: checked before the work, written at once after it, never half.
 
     Parameters
     ----------
@@ -78,6 +78,8 @@ class OutputFile:
         Where to write; a link is followed.
     inputs
         Files that are read: none of them is overwritten.
+    option
+        What the user named it by.
 
     Raises
     ------
@@ -85,23 +87,27 @@ class OutputFile:
         Nothing can be written there.
     """
 
-    def __init__(self, path: str, inputs: Iterable[str]) -> None:
-        self._name = path
+    def __init__(self, path: str, inputs: Iterable[str], option: str = "-o") -> None:
+        self._name = f"{option} {path}"
         self._path = Path(os.path.realpath(path))
         self._draft = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
         if self._path.exists():
             if not self._path.is_file():
-                raise UsageError(f"-o {path} is not a regular file; name a file, or leave -o out to print")
+                raise UsageError(f"{self._name} is not a regular file; name a file, or leave {option} out")
             if any(os.path.exists(name) and os.path.samefile(name, path) for name in inputs):
-                raise UsageError(f"-o {path} is one of the images; name another file")
+                raise UsageError(f"{self._name} is one of the images; name another file")
         try:
             self._draft.touch(exist_ok=False)
             self._draft.unlink()
         except OSError as cause:
-            raise UsageError(f"-o {path} cannot be written: {cause.strerror}") from cause
+            raise UsageError(f"{self._name} cannot be written: {cause.strerror}") from cause
 
-    def write(self, text: str) -> None:
-        """Put `text` in the file's place, whole.
+    def same_as(self, other: OutputFile) -> bool:
+        """Whether both would write one file."""
+        return self._path == other._path
+
+    def write(self, data: bytes) -> None:
+        """Put `data` in the file's place, whole.
 
         Raises
         ------
@@ -109,12 +115,12 @@ class OutputFile:
             The disk is full or the folder is gone; the file is as it was before.
         """
         try:
-            with open(self._draft, "x", encoding="utf-8", newline="\n") as draft:
-                draft.write(text)
+            with open(self._draft, "xb") as draft:
+                draft.write(data)
                 draft.flush()
                 os.fsync(draft.fileno())
             os.replace(self._draft, self._path)
         except OSError as cause:
-            raise XrayError(f"-o {self._name} could not be written: {cause.strerror}") from cause
+            raise XrayError(f"{self._name} could not be written: {cause.strerror}") from cause
         finally:
             self._draft.unlink(missing_ok=True)

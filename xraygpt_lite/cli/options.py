@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from xraygpt_lite.values import GenerationOptions
+    from xraygpt_lite.values import Corners, GenerationOptions
 
 BUNDLE_VAR = "XRAYGPT_LITE_BUNDLE"
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -32,6 +32,7 @@ _GENERATION = (
     click.option("--top-p", type=click.FloatRange(0, 1), help="Sample from the likeliest share of tokens; 1 is off."),
     click.option("--top-k", type=click.IntRange(0, 1_000_000), help="Sample from so many tokens; 0 is off."),
     click.option("--repeat-penalty", type=click.FloatRange(0.01, 10), help="Above 1, repeats are less likely."),
+    click.option("--beams", type=click.IntRange(1, 10), help="Above 1: beam search, which draws nothing."),
     click.option("--seed", type=click.IntRange(0, 2**32 - 2), help="The same seed gives the same answer."),
 )
 
@@ -51,3 +52,16 @@ def generation(**given: Any) -> GenerationOptions:
     from xraygpt_lite.values import GenerationOptions
 
     return GenerationOptions(**given)
+
+
+def box(text: str) -> Corners:
+    """X0,Y0,X1,Y1 as typed.
+
+    Raises
+    ------
+    UsageError
+        They are not four numbers, or no rectangle.
+    """
+    from xraygpt_lite import boxes
+
+    return boxes.corners(text.split(","))

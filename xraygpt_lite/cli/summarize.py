@@ -18,22 +18,28 @@ from xraygpt_lite.errors import BundleError, CancelledError, UsageError, XrayErr
 if TYPE_CHECKING:
     from xraygpt_lite import XrayModel
     from xraygpt_lite.report import Format
-    from xraygpt_lite.values import GenerationOptions, Record
+    from xraygpt_lite.values import Corners, GenerationOptions, Radiograph, Record, Summary
 
 
 @click.command("summarize")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE...")
-@click.option("--question", metavar="TEXT", help="What to ask; by default the bundle's own question.")
+@click.option("--question", metavar="TEXT", help="What to ask; by default the bundle's or the task's own question.")
+@click.option("--task", metavar="NAME", help="A form of question that the bundle's model was trained for.")
+@click.option("--box", metavar="X0,Y0,X1,Y1", help="For a task about a rectangle: pixels of the original image.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, failures included.")
 @click.option("-o", "--output", metavar="FILE", help="Write to FILE, whole or not at all, instead of printing.")
+@click.option("--overlay", metavar="OUT.png", help="Draw the answer's boxes on the image (one image only).")
 @click.option("--quiet", is_flag=True, help="No warnings; errors stay.")
 @options.model_options
 @options.generation_options
 def command(
     images: tuple[str, ...],
     question: str | None,
+    task: str | None,
+    box: str | None,
     as_json: bool,
     output: str | None,
+    overlay: str | None,
     quiet: bool,
     bundle: str | None,
     device: str,
@@ -44,14 +50,17 @@ def command(
     """Describe chest radiographs in words.
 
     IMAGE is a DICOM, PNG, JPEG or TIFF file; - reads one from standard input. Several images are answered by one
-    loaded model, in order, and one that cannot be read does not stop the others (exit code 3).
+    loaded model, in order, and one that cannot be read, or that --box does not fit, does not stop the others (exit
+    code 3).
     """
     if images.count("-") > 1:
         raise UsageError("- stands for standard input and can be read once only")
     target = console.OutputFile(output, images) if output not in (None, "-") else None
+    picture = _picture(overlay, images, target) if overlay is not None else None
+    corners = options.box(box) if box is not None else None
     import xraygpt_lite
     from xraygpt_lite.report import FORMATS
-    from xraygpt_lite.values import Failure
+    from xraygpt_lite.values import Failure, Summary
 
     wanted = options.generation(**given)
     several = len(images) > 1
@@ -62,43 +71,58 @@ def command(
     show = _live if live else partial(_whole, form, put)
     records: list[Record] = []
     with xraygpt_lite.load(bundle, device=device, threads=threads) as model:
-        model.check(question, wanted, variant=variant)
-        ask = _Ask(model, question, wanted, variant)
+        asked = model.check(question, wanted, task=task, box=corners, variant=variant)
+        ask = _Ask(model, question, asked.question, wanted, task, corners, variant, several)
         for image in images:
             records.append(show(ask, image, several))
             _remark(records[-1], several, quiet)
     put(form.end(records))
     failures = sum(isinstance(record, Failure) for record in records)
     if target and (as_json or failures < len(records)):
-        target.write("".join(written))
+        target.write("".join(written).encode())
+    if picture and ask.radiograph and isinstance(records[0], Summary):
+        _draw(picture, ask.radiograph, records[0], quiet)
     return 0 if not failures else 3 if several else 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Ask:
-    """What is asked of every image."""
+    """What is asked of every image; `radiograph` is what the last answer is about."""
 
     model: XrayModel
     question: str | None
+    asked: str
     options: GenerationOptions
+    task: str | None
+    box: Corners | None
     variant: str | None
+    several: bool
+    radiograph: Radiograph | None = None
 
     def __call__(self, image: str, piece: Callable[[str], object] | None = None) -> Record:
-        """The record of one image; `piece` is told the text as it comes. What concerns every image is raised."""
+        """The record of one image; `piece` is told the text as it comes. What concerns every image is raised.
+
+        Question, task and options were checked before: a usage error that is left concerns this image, e.g. a box
+        outside it. Of one image that is wrong usage; among several, it must not stop the others.
+        """
         from xraygpt_lite.values import Failure
 
         data = sys.stdin.buffer.read() if image == "-" else image
         try:
-            with self.model.stream(data, self.question, self.options, variant=self.variant) as stream:
+            with self.model.stream(
+                data, self.question, self.options, task=self.task, box=self.box, variant=self.variant
+            ) as stream:
                 for text in stream:
                     if piece:
                         piece(text)
+                self.radiograph = stream.radiograph
                 return replace(stream.summary, source=image)
-        except (UsageError, BundleError, CancelledError):
+        except (BundleError, CancelledError):
             raise
         except XrayError as error:
-            asked = self.question or self.model.bundle.manifest.prompt.default_question
-            return Failure(image, _sha256(data), asked, error.stage, type(error).__name__, str(error))
+            if isinstance(error, UsageError) and not self.several:
+                raise
+            return Failure(image, _sha256(data), self.asked, error.stage, type(error).__name__, str(error))
 
 
 def _whole(form: Format, put: Callable[[str], object], ask: _Ask, image: str, several: bool) -> Record:
@@ -132,6 +156,26 @@ def _remark(record: Record, several: bool, quiet: bool) -> None:
     elif not quiet:
         for warning in record.warnings:
             console.warn(where + warning)
+
+
+def _picture(overlay: str, images: tuple[str, ...], target: console.OutputFile | None) -> console.OutputFile:
+    """The file of --overlay, checked."""
+    if len(images) > 1:
+        raise UsageError(f"--overlay draws on one image, and {len(images)} are named; run it for each of them")
+    if not overlay.lower().endswith(".png"):
+        raise UsageError(f"--overlay {overlay} is written as PNG; name a file that ends in .png")
+    picture = console.OutputFile(overlay, images, "--overlay")
+    if target and target.same_as(picture):
+        raise UsageError(f"-o and --overlay name the same file, {overlay}; name two")
+    return picture
+
+
+def _draw(picture: console.OutputFile, radiograph: Radiograph, summary: Summary, quiet: bool) -> None:
+    from xraygpt_lite.report import overlay
+
+    if not summary.boxes and not quiet:
+        console.warn("the answer holds no box that could be drawn; the overlay shows the image alone")
+    picture.write(overlay.render(radiograph.pixels, summary))
 
 
 def _sha256(data: str | bytes) -> str | None:

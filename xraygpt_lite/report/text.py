@@ -1,4 +1,4 @@
-"""Records as text for a reader: the answer, a heading each where there are several, the disclaimer at the end."""
+"""Records as text for a reader: the answer and its boxes, a heading each where there are several, the disclaimer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from xraygpt_lite.values import Record
+    from xraygpt_lite.values import Box, Record, Summary
 
 # C0 and C1 controls steer a terminal, lone surrogates (file names that are not UTF-8) cannot be encoded.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -17,8 +17,14 @@ def record(record: Record, several: bool) -> str:
     """The answer, or one line that says there is none; under a heading and before an empty line among `several`."""
     from xraygpt_lite.values import Summary
 
-    body = printable(record.text) if isinstance(record, Summary) else f"No result: {record.stage} failed."
-    return f"{heading(record.source)}{body}\n\n" if several else f"{body}\n"
+    body = answer(record) if isinstance(record, Summary) else f"No result: {record.stage} failed.\n"
+    return f"{heading(record.source)}{body}\n" if several else body
+
+
+def answer(summary: Summary) -> str:
+    """The answer's text, and under it a line for each of its boxes."""
+    said = [printable(summary.text)] if summary.text or not summary.boxes else []
+    return "".join(f"{line}\n" for line in (*said, *map(_box, summary.boxes)))
 
 
 def end(records: Sequence[Record]) -> str:
@@ -44,6 +50,12 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """`printable`, with every run of white space as one space."""
     return printable(" ".join(text.split()))
+
+
+def _box(box: Box) -> str:
+    """In whole pixels, in the order that `--box` takes."""
+    where = ",".join(f"{value:.0f}" for value in (box.x0, box.y0, box.x1, box.y1))
+    return f"box {where} px: {one_line(box.phrase)}" if box.phrase.strip() else f"box {where} px"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

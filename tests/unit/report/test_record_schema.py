@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from xraygpt_lite.report import FORMATS
-from xraygpt_lite.values import Failure, Finding, Sampling, Summary, Timings
+from xraygpt_lite.values import Box, Failure, Finding, Sampling, Summary, Timings
 
 SCHEMA = json.loads((resources.files("xraygpt_lite.report") / "record.schema.json").read_text("utf-8"))
 _TYPES = {
@@ -43,6 +43,9 @@ SUMMARY = Summary(
     answer_tokens=3,
     disclaimer="Research use only.",
     findings=(Finding("Effusion", True, 0.25), Finding("Mass", False)),
+    task="identify",
+    asked_box=(1.0, 2.5, 30.0, 40.0),
+    boxes=(Box("heart", 0.0, 1.5, 1 / 3, 1024.0), Box("", 1.0, 2.0, 3.0, 4.0)),
 )
 FAILURE = Failure("b.dcm", None, "?", "read", "ImageError", "b.dcm is empty")
 
@@ -69,6 +72,8 @@ def faults(value: Any, schema: dict[str, Any], at: str = "$") -> list[str]:
     for keyword, argument in schema.items():
         if keyword == "$ref":
             found += faults(value, SCHEMA["$defs"][argument.removeprefix("#/$defs/")], at)
+        elif value is None and keyword in ("properties", "items"):
+            pass  # its type allows null
         elif keyword == "properties":
             for name in argument.keys() & value.keys():
                 found += faults(value[name], argument[name], f"{at}.{name}")
@@ -82,7 +87,11 @@ def faults(value: Any, schema: dict[str, Any], at: str = "$") -> list[str]:
 
 @pytest.mark.parametrize(
     ("record", "kind"),
-    [(SUMMARY, "summary"), (replace(SUMMARY, sop_instance_uid=None, findings=()), "summary"), (FAILURE, "failure")],
+    [
+        (SUMMARY, "summary"),
+        (replace(SUMMARY, sop_instance_uid=None, findings=(), task=None, asked_box=None, boxes=()), "summary"),
+        (FAILURE, "failure"),
+    ],
 )
 def test_a_record_is_what_the_schema_says(record: Summary | Failure, kind: str) -> None:
     line = FORMATS["json"].record(record, True)
@@ -97,7 +106,14 @@ def test_a_record_is_what_the_schema_says(record: Summary | Failure, kind: str) 
 
 @pytest.mark.parametrize(
     ("kind", "record"),
-    [("summary", Summary), ("failure", Failure), ("sampling", Sampling), ("timings", Timings), ("finding", Finding)],
+    [
+        ("summary", Summary),
+        ("failure", Failure),
+        ("sampling", Sampling),
+        ("timings", Timings),
+        ("finding", Finding),
+        ("box", Box),
+    ],
 )
 def test_the_schema_names_every_field(kind: str, record: type) -> None:
     names = {field.name for field in fields(record)}
@@ -111,6 +127,8 @@ def test_values_survive_and_floats_are_rounded() -> None:
     assert (written["source"], written["text"], written["question"]) == (SUMMARY.source, SUMMARY.text, "¿Qué?")
     assert (written["timings"]["read"], written["timings"]["vision"]) == (0.333333, 0.0)
     assert written["findings"][0] == {"name": "Effusion", "present": True, "probability": 0.25}
+    assert written["asked_box"] == [1.0, 2.5, 30.0, 40.0]
+    assert written["boxes"][0] == {"phrase": "heart", "x0": 0.0, "y0": 1.5, "x1": 0.333333, "y1": 1024.0}
     assert FORMATS["json"].end([SUMMARY]) == ""
 
 

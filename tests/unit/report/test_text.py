@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from xraygpt_lite.report import FORMATS, text
-from xraygpt_lite.values import Failure, Sampling, Summary, Timings
+from xraygpt_lite.values import Box, Failure, Sampling, Summary, Timings
 
 FORM = FORMATS["text"]
 ONE = Summary(
@@ -24,6 +24,13 @@ def whole(*records: Summary | Failure) -> str:
 
 def test_one_answer() -> None:
     assert whole(ONE) == "Clear lungs.\n\nResearch only.\n"
+
+
+def test_boxes_stand_under_the_answer_in_whole_pixels() -> None:
+    boxes = (Box("the\nheart\x1b", 1.4, 2.6, 300.0, 40.0), Box("", 0.0, 0.0, 5.0, 5.0))
+    lines = "box 1,3,300,40 px: the heart\\x1b\nbox 0,0,5,5 px\n"
+    assert whole(replace(ONE, boxes=boxes)) == f"Clear lungs.\n{lines}\nResearch only.\n"
+    assert whole(replace(ONE, text="", boxes=boxes)) == f"{lines}\nResearch only.\n"
 
 
 def test_no_answer_needs_no_disclaimer() -> None:
