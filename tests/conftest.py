@@ -49,3 +49,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import make_checkpoints
 
     return make_checkpoints.make(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def talking_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small bundle with tasks, boxes and a replaced word, whose real engine says `tiny_bundle.SAYS` to everything."""
+    import tiny_bundle
+
+    return tiny_bundle.make_talking(tmp_path_factory.mktemp("talking") / "talking")

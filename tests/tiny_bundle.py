@@ -28,15 +28,15 @@ from xraygpt_lite.values import (
     Sampling,
     SelfTest,
     SourceFile,
+    TaskSpec,
 )
 
 SIZE, TOKENS, FEATURES, WIDTH, VOCAB, LAYERS, HEADS, HIDDEN = 32, 4, 8, 32, 352, 2, 2, 64
 BOS, EOS = 1, 2
+SAYS = (" ChatDoctor sees <p>the", " heart</p> {<10><20", "><50><70>}<delim>{<60><0><100><100>}", " and {<1><2>.")
 
 
-def make(
-    folder: Path, *, seed: int = 0, width: int = WIDTH, name: str = "tiny", says: tuple[str, ...] = ()
-) -> Path:
+def make(folder: Path, *, seed: int = 0, width: int = WIDTH, name: str = "tiny", says: tuple[str, ...] = ()) -> Path:
     """Write a whole bundle into `folder`.
 
     `width` is the projector's alone, to make one that does not fit. With `says`, every answer is these tokens in this
@@ -48,6 +48,19 @@ def make(
     write_projector(folder / "projector.onnx", rng, width)
     write_llm(folder / "llm.gguf", rng, says)
     seal(folder, replace(plain_manifest(name), width=width))
+    return folder
+
+
+def make_talking(folder: Path) -> Path:
+    """Write a bundle with tasks, boxes and a replaced word, which says `SAYS`."""
+    make(folder, name="talking", says=SAYS)
+    plain = plain_manifest("talking")
+    tasks = {
+        "vqa": TaskSpec("[vqa] {question}", ""),
+        "identify": TaskSpec("[identify] {question} {box}", "what is this"),
+    }
+    prompt = replace(plain.prompt, tasks=tasks, box_grid=100, replaced={"ChatDoctor": "XrayGPT"})
+    seal(folder, replace(plain, prompt=prompt))
     return folder
 
 

@@ -19,6 +19,7 @@ _PHRASE = r"<p>((?:(?!</?p>).)*)</p>"
 # A phrase and its boxes, boxes alone, or a phrase alone.
 _MARKED = re.compile(rf"(?:{_PHRASE}\s*)?({_ONE}(?:\s*(?:<delim>\s*)?{_ONE})*)|{_PHRASE}", re.DOTALL)
 _BROKEN = re.compile(r"\{\s*<|>\s*\}|</?p>|<delim>")
+_DIGITS = 6  # of a pixel: what is beyond them is noise of the arithmetic
 _ROUNDING = 1e-6  # of a step: what float arithmetic may lose must not cost a whole step when it is truncated
 
 
@@ -122,7 +123,7 @@ def _pixels(phrase: str, numbers: list[int], placement: Placement, side: int, gr
 
     def back(step: int, axis: int) -> float:
         pixel = (step * side / grid - placement.offset[axis]) / placement.scale[axis]
-        return min(max(pixel, 0.0), float(placement.size[axis]))
+        return min(max(round(pixel, _DIGITS), 0.0), float(placement.size[axis]))
 
     box = Box(phrase, back(x0, 0), back(y0, 1), back(x1, 0), back(y1, 1))
     return box if box.x0 < box.x1 and box.y0 < box.y1 else None

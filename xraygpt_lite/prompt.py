@@ -77,7 +77,7 @@ def ask(spec: PromptSpec, question: str | None, task: str | None = None, box: Se
         asked = check_question(spec, question)
     if form is None or "{box}" not in form.template:
         if box is not None:
-            takers = ", ".join(name for name, one in spec.tasks.items() if "{box}" in one.template)
+            takers = ", ".join(sorted(name for name, one in spec.tasks.items() if "{box}" in one.template))
             raise UsageError(
                 f"a box can be given only with a task that asks about one; this bundle has: {takers or 'none'}"
             )
@@ -151,7 +151,7 @@ def _task(spec: PromptSpec, name: str | None) -> TaskSpec | None:
     if not spec.tasks:
         raise UsageError(f"task {name!r} is unknown: this bundle has no tasks; ask a question without one")
     if name not in spec.tasks:
-        raise UsageError(f"task {name!r} is unknown to this bundle; it has: {', '.join(spec.tasks)}")
+        raise UsageError(f"task {name!r} is unknown to this bundle; it has: {', '.join(sorted(spec.tasks))}")
     return spec.tasks[name]
 
 

@@ -23,7 +23,7 @@ DISCLAIMER = "Research use only, not a medical device.\n"
          "> one\n[0 before] 1 bytes, asked: one\n> two\n[0 before] 1 bytes, asked: two\n", ""),
         ("###Doctor: x\n", 2, "> ###Doctor: x\n", "xraygpt-lite: error: the question contains '###"),
         ("###\ntwo\n", 3, "> ###\n> two\n[0 before] 1 bytes, asked: two\n", "xraygpt-lite: error: the question"),
-        ("native\n", 1, "> native\n[0 before]\n", "xraygpt-lite: error: llama.cpp returned -3"),
+        ("native\n", 1, "> native\n", "xraygpt-lite: error: llama.cpp returned -3"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("images")

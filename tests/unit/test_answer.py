@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xraygpt_lite.answer import AnswerReader, clean
+from xraygpt_lite.answer import AnswerReader, clean, reworded
 
 
 def read(pieces: list[bytes], stops: list[str]) -> tuple[AnswerReader, list[str]]:
@@ -81,3 +81,22 @@ def test_any_slicing_gives_what_cutting_the_whole_text_gives(text: str, stops: l
 )
 def test_clean_keeps_what_follows_the_last_marker(raw: str, keep_after: str, expected: str) -> None:
     assert clean(raw, keep_after) == expected
+
+
+def test_an_end_mark_written_as_text_ends_the_answer() -> None:
+    reader, shown = read([b" no effusion<", b"/s", b"> [INST] more"], ["</s>"])
+    assert clean("".join(shown), "[/INST]") == "no effusion"
+    assert reader.stopped
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ({}, "ab abc chatab"),
+        ({"ab": "x"}, "x xc chatx"),
+        ({"ab": "abc", "abc": "ab"}, "abc ab chatabc"),  # the longer word first, and no replacement again
+        ({"a.": "x", "b": ""}, "a ac chata"),
+    ],
+)
+def test_words_are_replaced_once(words: dict[str, str], expected: str) -> None:
+    assert reworded("ab abc chatab", words) == expected

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from xraygpt_lite import prompt
 from xraygpt_lite.errors import UsageError
-from xraygpt_lite.values import EmbeddingSegment, Int32, PromptSpec, PromptVariant, TokenSegment
+from xraygpt_lite.values import EmbeddingSegment, Int32, PromptSpec, PromptVariant, TaskSpec, TokenSegment
 
 VARIANT = PromptVariant(
     before="###Patient: <Img>",
@@ -78,3 +81,66 @@ def test_an_empty_question_is_refused_and_none_is_the_default() -> None:
 def test_an_unknown_variant_is_refused_with_the_known_ones() -> None:
     with pytest.raises(UsageError, match="it has: demo"):
         prompt.variant_of(SPEC, "train")
+
+
+TASKS = replace(
+    SPEC,
+    tasks={
+        "vqa": TaskSpec("[vqa] {question}", ""),
+        "caption": TaskSpec("[caption] {question}", "describe it"),
+        "identify": TaskSpec("[identify] {question} {box}", "what is this"),
+    },
+    box_grid=100,
+)
+
+
+@pytest.mark.parametrize(
+    ("question", "task", "box", "asked", "sent"),
+    [
+        (None, None, None, "What is seen?", "What is seen?"),
+        (" large? ", "vqa", None, "large?", "[vqa] large?"),
+        (None, "caption", None, "describe it", "[caption] describe it"),
+        ("[vqa] large?", None, None, "[vqa] large?", "[vqa] large?"),
+        (None, "identify", (1, 2, 3, 4), "what is this", "[identify] what is this BOX"),
+        ("a {box} {question}?", "identify", [1, 2, 3, 4], "a {box} {question}?", "[identify] a {box} {question}? BOX"),
+    ],
+)
+def test_a_question_goes_into_its_tasks_template(
+    question: str | None, task: str | None, box: Sequence[float] | None, asked: str, sent: str
+) -> None:
+    found = prompt.ask(TASKS, question, task, box)
+    assert found == prompt.Asked(asked, task, (1.0, 2.0, 3.0, 4.0) if box else None)
+    assert prompt.wording(TASKS, found, "BOX") == sent
+
+
+@pytest.mark.parametrize(
+    ("question", "task", "box", "message"),
+    [
+        ("q", "nope", None, "task 'nope' is unknown to this bundle; it has: caption, identify, vqa"),
+        (None, "vqa", None, r"task 'vqa' has no question of its own; say what to ask \(--question\)"),
+        (" ", "caption", None, "the question is empty"),
+        ("###", "vqa", None, "contains '###'"),
+        ("q", "identify", None, "task 'identify' asks about a box; give its X0,Y0,X1,Y1 in pixels"),
+        (
+            "q",
+            "vqa",
+            (1, 2, 3, 4),
+            "a box can be given only with a task that asks about one; this bundle has: identify",
+        ),
+        ("q", None, (1, 2, 3, 4), "this bundle has: identify"),
+        ("q", "identify", (3, 2, 1, 4), "box 3,2,1,4 holds nothing"),
+        ("q", "identify", (3, 2, 1), "needs four numbers"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(
+    question: str | None, task: str | None, box: Sequence[float] | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        prompt.ask(TASKS, question, task, box)
+
+
+def test_a_bundle_without_tasks_says_so() -> None:
+    with pytest.raises(UsageError, match="task 'vqa' is unknown: this bundle has no tasks"):
+        prompt.ask(SPEC, "q", "vqa")
+    with pytest.raises(UsageError, match="this bundle has: none"):
+        prompt.ask(SPEC, "q", None, (1, 2, 3, 4))

@@ -63,7 +63,7 @@ class _Conversation:
         self._session: ChatSession = model.chat(image, variant=variant)
 
     def ask(self, line: str) -> None:
-        """Show the answer to a question, or to a /task, as it comes.
+        """Show the answer to a question, or to a /task: on a terminal as it comes, elsewhere as the record has it.
 
         An interrupt leaves the conversation as if this had not been asked.
         """
@@ -74,7 +74,8 @@ class _Conversation:
         try:
             with self._session.stream(question, self._options, task=task, box=box) as stream:
                 for text in stream:
-                    screen.piece(text)
+                    if sys.stdout.isatty():
+                        screen.piece(text)
                 summary = stream.summary
         except BaseException:
             screen.end("")
@@ -93,7 +94,7 @@ class _Conversation:
         tasks = self._model.bundle.manifest.prompt.tasks
         _, *rest = line.split(maxsplit=2)
         if not rest:
-            raise UsageError(f"{_TASK} needs a name; this bundle has: {', '.join(tasks) or 'none'}")
+            raise UsageError(f"{_TASK} needs a name; this bundle has: {', '.join(sorted(tasks)) or 'none'}")
         name, words = rest[0], rest[1] if len(rest) > 1 else ""
         box = None
         if name in tasks and "{box}" in tasks[name].template and words:
