@@ -51,7 +51,7 @@ class EvaViT(nn.Module):
         self.width = int(config.hidden_size)
         self.patches = int(config.image_size // config.patch_size) ** 2
         self.model = Blip2VisionModel(config)
-        self.model.post_layernorm = nn.Identity()
+        self.model.add_module("post_layernorm", nn.Identity())  # in place of a norm of the ViT's epsilon
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.model(pixels).last_hidden_state  # type: ignore[no-any-return]

@@ -42,7 +42,11 @@ def test_a_conversion(
     ("arguments", "code", "message"),
     [
         ((), 2, "Usage"),
-        (("xraygpt",), 2, "no such command 'xraygpt'"),
+        (("blip",), 2, "no such command 'blip'"),
+        (("xraygpt", *FILES, "-o", "x"), 2, "missing option '--qformer'"),
+        (("minigpt-med", *FILES, "--qformer", "linear.pth", "-o", "x"), 2, "no such option '--qformer'"),
+        (("minigpt4", *FILES, "--qformer", "linear.pth", "-o", "x"), 1, "use `convert xraygpt-paper`"),
+        (("minigpt-med", *FILES, "-o", "x"), 1, "use `convert xraygpt-paper`"),
         (("xraygpt-paper", "-o", "x"), 2, "missing option '--vision'"),
         (("xraygpt-paper", *FILES[:4], "--llm", "absent", "-o", "x"), 2, "'absent' does not exist"),
         (("xraygpt-paper", *FILES, "-o", "x", "--quant", "q3"), 2, "'q3' is not one of"),
@@ -75,6 +79,15 @@ def test_a_missing_extra_is_named(
     monkeypatch.setattr(convert, "NEEDED", ("json", "no_such_package", "no_such.package"))
     assert run("xraygpt-paper", *FILES, "-o", "x") == 1
     assert "pip install 'xraygpt-lite[convert]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("family", "other"), [("xraygpt", "MiniGPT-4"), ("minigpt4", "XrayGPT")])
+def test_help_says_which_files_look_alike(capsys: pytest.CaptureFixture[str], family: str, other: str) -> None:
+    assert run(family, "--help") == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "look alike and cannot be told apart" in printed
+    assert other in printed
+    assert "--qformer" in printed
 
 
 def test_help_loads_nothing_heavy() -> None:

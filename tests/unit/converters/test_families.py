@@ -276,6 +276,7 @@ def test_weights_above_the_limit_lie_in_one_listed_file(
     listed = {entry.name: entry.size for entry in bundle.manifest.files}
     assert set(listed) == {"vision.onnx", "vision.onnx_data", "projector.onnx", "llm.gguf"}
     assert listed["vision.onnx"] < listed["vision.onnx_data"]
+    assert (bundle.manifest.image.size, bundle.manifest.image_tokens) == (GRID * PATCH, QFORMER.queries)
     assert [check.detail for check in verify.run(bundle.folder, device="cpu") if check.status != "ok"] == []
     graph = onnx_format.load(bundle.vision, load_external_data=False).graph
     offsets = [int(entry.value) for tensor in graph.initializer for entry in tensor.external_data
