@@ -1,7 +1,7 @@
 """Checkpoints of the published sizes in the authors' own layouts, with random weights of realistic scale.
 
-Weights are drawn so that every layer gives about as much as it gets: with default initialisation these networks give nearly
-nothing, and every comparison of precisions looks perfect. One tensor is in memory at a time, or one shard.
+Weights are drawn so that every layer gives about as much as it takes: with default initialisation these networks give
+nearly nothing, and every comparison of precisions looks perfect. One tensor is in memory at a time, or one shard.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, product
 from pathlib import Path
+from typing import Any
 
 import torch
 from sentencepiece import sentencepiece_model_pb2
@@ -69,7 +70,7 @@ def write(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Path]:
     return paths
 
 
-def _drawn(specs: list[Spec], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _drawn(specs: Iterable[Spec], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name, shape, mean, deviation in specs:
         yield name, torch.empty(shape).normal_(mean, deviation).to(dtype)
 
@@ -151,7 +152,7 @@ def _write_llama(folder: Path, s: Sizes) -> None:
             shards.append([])
             size = 2 * math.prod(spec[1])
         shards[-1].append(spec)
-    where = {}
+    where: dict[str, str] = {}
     for number, specs in enumerate(shards, 1):
         name = f"pytorch_model-{number:05}-of-{len(shards):05}.bin"
         where |= {spec[0]: name for spec in specs}
@@ -168,7 +169,7 @@ def _write_llama(folder: Path, s: Sizes) -> None:
 
 def _vocabulary(size: int) -> bytes:
     """A SentencePiece BPE model with byte fallback whose pieces are short runs of letters."""
-    messages = sentencepiece_model_pb2
+    messages: Any = sentencepiece_model_pb2  # its classes are made while it is imported
     model = messages.ModelProto()
     kinds = messages.ModelProto.SentencePiece
     model.trainer_spec.model_type = 2

@@ -1,39 +1,33 @@
-"""The way from published files to a bundle: load, export, compare, record the self-test, check, put into place.
+"""The way from published files to a bundle: load, export, make smaller, compare, record the self-test, put into place.
 
-Everything is made in a folder beside the target and renamed at the end, so the target is a whole bundle or untouched.
-Knows the order of the steps and the manifest; what differs between families lies in `families` and in
-`models/<family>/template.json`.
+Everything is made step by step in a folder beside the target (`staging`) and renamed at the end, so the target is a
+whole bundle or untouched. Knows the order of the steps and the manifest; what differs between families lies in
+`families` and in `models/<family>/template.json`.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
-from xraygpt_lite import verify
+from xraygpt_lite import compare, verify
 from xraygpt_lite.bundle import manifest, store, typed_json
 from xraygpt_lite.cache import Cache
-from xraygpt_lite.converters import language, onnx
+from xraygpt_lite.converters import language, onnx, precision, weights
 from xraygpt_lite.converters.families import Parts, loader
 from xraygpt_lite.converters.language import LanguageModel
+from xraygpt_lite.converters.staging import Staging
 from xraygpt_lite.errors import BundleError, ConversionError, UsageError
 from xraygpt_lite.model import open_bundle
 from xraygpt_lite.values import Bundle, FileEntry, Manifest, SelfTest, SourceFile
 
-QUANTS = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
-
 _NO_SELF_TEST = SelfTest(0, (), (), 0.0, "", (), (), 0.0)
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -50,22 +44,29 @@ class Request:
     output
         The bundle's folder, which does not exist yet.
     quant
-        Weight type of the language model, one of `QUANTS`; None keeps a GGUF as it is and is f16 for a folder.
+        Weight type of the language model, one of `weights.QUANTS`; None keeps a GGUF as it is and is f16 for a
+        folder, "auto" is q4_k_m from a billion weights on and q8_0 below.
+    vision_type
+        Weight type of the encoder, one of `precision.VISION_TYPES`.
     settings
         What the family takes with `--set`.
     name
         The bundle's name; None is the family's.
     force
-        Replace a bundle that is there.
+        Replace a bundle that is there, and write one whose encoder agrees too little with float32.
+    check_images
+        Folder of radiographs that precisions are compared on; None: the installed examples.
     """
 
     family: str
     inputs: Mapping[str, Path]
     output: Path
     quant: str | None = None
+    vision_type: str = "f32"
     settings: Mapping[str, str] = field(default_factory=dict)
     name: str | None = None
     force: bool = False
+    check_images: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,45 +77,73 @@ class Outcome:
     ignored: tuple[str, ...]
 
 
-def convert(request: Request, say: Callable[[str], None] = lambda _: None) -> Outcome:
+class Progress(Protocol):
+    """Is told how a conversion goes on."""
+
+    def step(self, text: str) -> None:
+        """A step begins."""
+
+    def writing(self, written: Callable[[], int], expected: int) -> None:
+        """From here on `written()` bytes of about `expected` are on the disk."""
+
+
+class Quiet:
+    """Keeps it to itself."""
+
+    def step(self, text: str) -> None:
+        """Say nothing."""
+
+    def writing(self, written: Callable[[], int], expected: int) -> None:
+        """Count nothing."""
+
+
+QUIET = Quiet()
+
+
+def convert(request: Request, progress: Progress = QUIET) -> Outcome:
     """Make a bundle.
 
-    Parameters
-    ----------
-    say
-        Is told each step before it begins.
+    A step that an earlier, interrupted call with the same request has finished is not done again.
 
     Raises
     ------
     ConversionError
-        A file does not fit, the graphs differ from torch, or the folder cannot be written; the target is untouched.
+        A file does not fit, the graphs differ from torch or, made smaller, too much from float32, or the folder cannot
+        be written; the target is untouched.
     UsageError
         A setting, weight type or name that cannot be meant.
     """
     _check_request(request)
-    say("reading names and shapes")
+    progress.step("reading names and shapes")
+    radiographs = compare.check_images(request.check_images)
     llm = language.read(request.inputs)
     parts = loader(request.family)(request.inputs, llm.width, request.settings)
     if parts.lora is not None:
         llm.merge(parts.lora)
     draft = _draft(request, parts, llm)
-    with _staging(request.output) as folder:
-        say("exporting vision and projector to ONNX")
-        onnx.export_parts(parts, draft.image.size, folder)
-        expected = onnx.reference(parts, draft.image.size)
+    files = [*((role, path) for role, source in parts.sources.items() for path in source.files), *llm.files]
+    needed = weights.needed_bytes(parts, llm, draft)
+    with Staging(request.output, _identity(request, files)) as staging:
+        weights.check_space(request.output, needed - staging.written())
+        progress.writing(staging.written, needed)
+        progress.step("exporting vision and projector to ONNX")
+        figures = staging.step("graphs", ["reference/*.onnx*"], lambda: _export(parts, draft, staging.reference))
         parts = parts.unloaded()  # up to 4 GB, which the graphs now hold
-        say(f"writing the language model as {draft.weight_types['llm']}")
-        llm.write(folder / "llm.gguf", draft.weight_types["llm"], draft.name)
-        say("comparing the graphs with torch")
-        draft = replace(draft, agreement=onnx.agreement(expected, Bundle(folder, draft, "")))
-        say("recording the self-test")
-        test = _self_test(Bundle(folder, draft, ""))
-        finished = replace(draft, self_test=test, files=_entries(folder), sources=_sources(parts, llm))
-        (folder / manifest.FILE_NAME).write_bytes(manifest.dump(finished))
-        checked = store.load(folder, Cache(None))
-        _put(folder, request.output)
-    ignored = (*parts.ignored, *llm.ignored)
-    return Outcome(Bundle(request.output, checked.manifest, checked.id), ignored)
+        progress.step(f"writing the encoder as {draft.weight_types['vision']}")
+        staging.step("encoder", ["bundle/*.onnx*"], lambda: weights.write_vision(draft, staging))
+        progress.step(f"writing the language model as {draft.weight_types['llm']}")
+        weights.write_llm(llm, draft, staging)
+        progress.step("comparing with what was not made smaller")
+        figures |= staging.step("comparison", [], lambda: weights.measure(draft, llm, staging, radiographs))
+        draft = replace(draft, agreement=figures, warnings=_shortfall(request, figures))
+        progress.step("recording the self-test")
+        test = _self_test(Bundle(staging.bundle, draft, ""))
+        progress.step("hashing")
+        finished = replace(draft, self_test=test, files=_entries(staging.bundle), sources=_sources(files))
+        (staging.bundle / manifest.FILE_NAME).write_bytes(manifest.dump(finished))
+        checked = store.load(staging.bundle, Cache(None))
+        staging.finish()
+    return Outcome(Bundle(request.output, checked.manifest, checked.id), (*parts.ignored, *llm.ignored))
 
 
 def template(family: str) -> dict[str, Any]:
@@ -129,8 +158,10 @@ def template(family: str) -> dict[str, Any]:
 
 
 def _check_request(request: Request) -> None:
-    if request.quant not in (None, *QUANTS):
-        raise UsageError(f"--quant {request.quant} is unknown; it is one of {', '.join(QUANTS)}")
+    for option, value, known in (("--quant", request.quant or "f16", weights.QUANTS),
+                                 ("--vision-type", request.vision_type, precision.VISION_TYPES)):  # fmt: skip
+        if value not in known:
+            raise UsageError(f"{option} {value} is unknown; it is one of {', '.join(known)}")
     if request.name is not None and not manifest.is_bundle_name(request.name):
         raise UsageError(f"--name {request.name!r} may hold a-z, 0-9, '.', '_' and '-' only, 64 at most")
     output = request.output
@@ -159,7 +190,11 @@ def _draft(request: Request, parts: Parts, llm: LanguageModel) -> Manifest:
         "sources": [],
         "image_tokens": tokens,
         "width": width,
-        "weight_types": {"vision": "f32", "projector": "f32", "llm": llm.weight_type(request.quant)},
+        "weight_types": {
+            "vision": request.vision_type,
+            "projector": "f32",
+            "llm": weights.llm_type(llm, request.quant),
+        },
         "agreement": {},
         "warnings": [],
         "files": [],
@@ -175,6 +210,39 @@ def _draft(request: Request, parts: Parts, llm: LanguageModel) -> Manifest:
     return draft
 
 
+def _identity(request: Request, files: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    """All that decides about the result, as JSON; a source file by its place, size and time."""
+    stats = [(role, str(path.resolve()), path.stat()) for role, path in files]
+    return {
+        "schema": manifest.SCHEMA,
+        "family": request.family,
+        "quant": request.quant,
+        "vision_type": request.vision_type,
+        "settings": dict(request.settings),
+        "check_images": str(request.check_images),
+        "files": [(role, path, stat.st_size, stat.st_mtime_ns) for role, path, stat in stats],
+    }
+
+
+def _export(parts: Parts, draft: Manifest, folder: Path) -> dict[str, float]:
+    """The float32 graphs, and how far they differ from torch."""
+    onnx.export_parts(parts, draft.image.size, folder)
+    return onnx.agreement(onnx.reference(parts, draft.image.size), Bundle(folder, draft, ""))
+
+
+def _shortfall(request: Request, figures: Mapping[str, float]) -> tuple[str, ...]:
+    """What every answer of the bundle has to say about its encoder; refused unless forced."""
+    lacking = compare.shortfall(figures) if "cosine_mean" in figures else None
+    if lacking is None:
+        return ()
+    if not request.force:
+        raise ConversionError(
+            f"with --vision-type {request.vision_type} {lacking}; use --vision-type f32, name a folder of your own "
+            "radiographs with --check-images, or write it nevertheless with --force"
+        )
+    return (f"this bundle's encoder was made with --vision-type {request.vision_type} by force: {lacking}",)
+
+
 def _self_test(bundle: Bundle) -> SelfTest:
     try:
         with open_bundle(bundle, device="cpu") as model:
@@ -187,47 +255,10 @@ def _entries(folder: Path) -> tuple[FileEntry, ...]:
     return tuple(FileEntry(path.name, _sha256(path), path.stat().st_size) for path in sorted(folder.iterdir()))
 
 
-def _sources(parts: Parts, llm: LanguageModel) -> tuple[SourceFile, ...]:
-    files = [(role, path) for role, source in parts.sources.items() for path in source.files]
-    return tuple(SourceFile(role, path.name, _sha256(path)) for role, path in (*files, *llm.files))
+def _sources(files: Sequence[tuple[str, Path]]) -> tuple[SourceFile, ...]:
+    return tuple(SourceFile(role, path.name, _sha256(path)) for role, path in files)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _staging(output: Path) -> Iterator[Path]:
-    """A folder beside the target, gone at the end whatever happens; what cannot be written becomes one sentence."""
-    folder = None
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        folder.chmod(0o755)
-        yield folder
-    except OSError as error:
-        if error.errno in _FULL or (
-            error.errno is None and "requested and" in str(error)
-        ):  # the latter: numpy's tofile
-            reason = "the disk is full, or a limit on file sizes was reached"
-        else:
-            reason = error.strerror or str(error)
-        raise ConversionError(f"the bundle {output} could not be written: {reason}; nothing was left there") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _put(folder: Path, output: Path) -> None:
-    """Rename the finished folder into place; a bundle that is replaced comes back if that fails."""
-    if not output.exists():
-        folder.rename(output)
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as aside:
-        old = Path(aside) / output.name
-        output.rename(old)
-        try:
-            folder.rename(output)
-        except OSError:
-            old.rename(output)
-            raise

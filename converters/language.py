@@ -32,6 +32,10 @@ class LanguageModel(Protocol):
         """The id that ends an answer."""
 
     @property
+    def own_type(self) -> str:
+        """The weight type in which nothing of what is stored is lost."""
+
+    @property
     def ignored(self) -> tuple[str, ...]:
         """Tensors that nothing uses, by name."""
 

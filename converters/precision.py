@@ -7,24 +7,21 @@ come. float16 is for GPUs; on a CPU it saves space and no time. Whether the resu
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import onnx
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from xraygpt_lite.converters.onnx import quiet
+from xraygpt_lite.converters.onnx import LARGEST_GRAPH, quiet
 from xraygpt_lite.errors import ConversionError
 
 VISION_TYPES = ("f32", "f16", "int8")
 QUANTIZED = ("MatMul", "Gemm")
-_ONE_FILE = 2**31 - 2**24
-"""protobuf's limit of 2 GiB on one file, with room for what is not weights."""
 
 
 def shrink(source: Path, target: Path, kind: str) -> None:
-    """Write a float32 graph with its weights as `kind`, one of `VISION_TYPES`.
+    """Write a float32 graph with its weights as `kind`, "f16" or "int8"; above 2 GB they lie in a file beside it.
 
     Raises
     ------
@@ -33,12 +30,13 @@ def shrink(source: Path, target: Path, kind: str) -> None:
     OSError
         The file cannot be written.
     """
-    if kind == "f32":
-        shutil.copyfile(source, target)
-        return
-    large = sum(path.stat().st_size for path in source.parent.glob(source.name + "*")) > _ONE_FILE
+    stored = sum(path.stat().st_size for path in source.parent.glob(source.name + "*"))
     if kind == "f16":
-        onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=True), target)
+        half = convert_float_to_float16(
+            onnx.load(source), keep_io_types=True, disable_shape_infer=stored > LARGEST_GRAPH
+        )
+        apart = stored > 2 * LARGEST_GRAPH
+        onnx.save(half, target, save_as_external_data=apart, location=f"{target.name}_data")
         return
     graph = onnx.load(source, load_external_data=False).graph
     constant = {weight.name for weight in graph.initializer}
@@ -50,5 +48,5 @@ def shrink(source: Path, target: Path, kind: str) -> None:
     with quiet():
         quantize_dynamic(
             source, target, op_types_to_quantize=list(QUANTIZED), per_channel=True, weight_type=QuantType.QInt8,
-            use_external_data_format=large, extra_options={"MatMulConstBOnly": True},
+            extra_options={"MatMulConstBOnly": True},
         )  # fmt: skip

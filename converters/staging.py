@@ -40,6 +40,11 @@ class Staging:
     request
         All that decides about the result, as JSON; finished steps of another request are dropped.
 
+    Attributes
+    ----------
+    folder, bundle, reference
+        The hidden folder, and in it the folders of what goes into the bundle and of what it is compared with.
+
     Raises
     ------
     ConversionError
@@ -48,6 +53,7 @@ class Staging:
 
     def __init__(self, output: Path, request: object) -> None:
         self.folder = output.with_name(f".{output.name}.partial")
+        self.bundle, self.reference = self.folder / "bundle", self.folder / "reference"
         self._output = output
         self._key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         self._lock = FileLock(output.with_name(f".{output.name}.lock"))
@@ -55,6 +61,7 @@ class Staging:
 
     def __enter__(self) -> Staging:
         with self._in_words():
+            self.folder.mkdir(exist_ok=True)  # before the lock, which takes a folder that is closed for one in use
             try:
                 self._lock.acquire(timeout=0)
             except Timeout as error:
@@ -65,6 +72,8 @@ class Staging:
             if not self._done:
                 shutil.rmtree(self.folder, ignore_errors=True)
                 self.folder.mkdir()
+            for folder in (self.bundle, self.reference):
+                folder.mkdir(exist_ok=True)
             self._drop_unfinished()
         return self
 
@@ -111,19 +120,19 @@ class Staging:
         part.replace(state)
         return result
 
-    def finish(self, keep: Sequence[str]) -> None:
-        """Rename the folder to the target with only the files of `keep`; what was there comes back on failure."""
+    def written(self) -> int:
+        """Bytes in the folder so far."""
+        return sum(_size(path) or 0 for path in self.folder.rglob("*") if not path.is_dir())
+
+    def finish(self) -> None:
+        """Rename the folder `bundle` to the target; what was there comes back on failure."""
         with self._in_words():
-            for path in self.folder.iterdir():
-                if path.name not in keep:
-                    _remove(path)
-            self.folder.chmod(0o755)
             old = self._output.with_name(f".{self._output.name}.replaced")
             shutil.rmtree(old, ignore_errors=True)
             if self._output.exists():
                 self._output.rename(old)
             try:
-                self.folder.rename(self._output)
+                self.bundle.rename(self._output)
             except OSError:
                 if old.exists():
                     old.rename(self._output)
@@ -184,10 +193,3 @@ def _size(path: Path) -> int | None:
         return path.stat().st_size
     except OSError:
         return None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from xraygpt_lite.bundle import store
 from xraygpt_lite.cache import Cache
@@ -19,6 +20,8 @@ from xraygpt_lite.errors import UsageError
 from xraygpt_lite.imaging.read import read
 from xraygpt_lite.model import XrayModel, open_bundle
 from xraygpt_lite.values import Float32, Manifest, Radiograph
+
+Float64 = npt.NDArray[np.float64]
 
 MOST_TOKENS = 48
 """Greedy answers are compared over so many tokens."""
@@ -176,13 +179,13 @@ def _radiographs(folder: Path) -> list[Radiograph]:
     return found
 
 
-def _cosines(one: Float32, other: Float32) -> Float32:
+def _cosines(one: Float32, other: Float32) -> Float64:
     """Cosine of each row with its counterpart, (N,); 1 where both are zero."""
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    products = (one.astype(np.float64) * other).sum(1)
+    wide, other_wide = one.astype(np.float64), other.astype(np.float64)
+    lengths = np.linalg.norm(wide, axis=1) * np.linalg.norm(other_wide, axis=1)
+    products = (wide * other_wide).sum(1)
     same = (one == other).all(1)
-    cosines: Float32 = np.where(same, 1.0, products / np.maximum(lengths, 1e-30)).astype(np.float32)
-    return cosines
+    return np.where(same, 1.0, products / np.maximum(lengths, 1e-30))
 
 
 def _divergence(reference: Float32, seen: Float32) -> float:
@@ -191,7 +194,7 @@ def _divergence(reference: Float32, seen: Float32) -> float:
     return max(0.0, float((np.exp(p) * (p - q)).sum()))
 
 
-def _log_softmax(logits: Float32) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _log_softmax(logits: Float32) -> Float64:
     shifted = logits.astype(np.float64) - float(logits.max())
-    logs: np.ndarray[tuple[int], np.dtype[np.float64]] = shifted - np.log(np.exp(shifted).sum())
+    logs: Float64 = shifted - np.log(np.exp(shifted).sum())
     return logs

@@ -10,11 +10,15 @@ from typing import Any, NamedTuple, TypeVar
 import click
 
 from xraygpt_lite.cli import console
+from xraygpt_lite.cli.progress import Bar
 from xraygpt_lite.errors import MissingPackageError, UsageError
 
-NEEDED = ("torch", "transformers", "optimum", "onnx", "gguf", "sentencepiece", "google.protobuf", "safetensors")
+NEEDED = (
+    "torch", "transformers", "optimum", "onnx", "gguf", "sentencepiece", "google.protobuf", "safetensors", "filelock",
+)  # fmt: skip
 _F = TypeVar("_F", bound=Callable[..., Any])
-QUANTS = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+QUANTS = ("auto", "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+VISION_TYPES = ("f32", "f16", "int8")
 
 
 class Family(NamedTuple):
@@ -114,14 +118,26 @@ def _add(family: str, texts: Family) -> None:
     @_llm_options
     @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's new folder.")
     @click.option(
-        "--quant", type=click.Choice(QUANTS), show_default="f16; a GGUF keeps its own", help="The LLM's weight type."
-    )
+        "--quant", type=click.Choice(QUANTS), show_default="f16; a GGUF keeps its own",
+        help="The LLM's weight type; auto is q4_k_m from a billion weights on, q8_0 below.",
+    )  # fmt: skip
+    @click.option(
+        "--vision-type", type=click.Choice(VISION_TYPES), default="f32", show_default=True,
+        help="The encoder's weight type: int8 for CPUs, f16 for GPUs.",
+    )  # fmt: skip
+    @click.option(
+        "--check-images", metavar="DIR", type=click.Path(path_type=Path),
+        help="Radiographs that smaller weight types are compared on; by default the installed examples, which are "
+        "synthetic.",
+    )  # fmt: skip
     @click.option("--set", "pairs", multiple=True, metavar="KEY=VALUE", help="A size, e.g. vision.num_heads=16.")
     @click.option("--name", help="The bundle's name; by default the family's.")
-    @click.option("--force", is_flag=True, help="Replace a bundle that is there.")
+    @click.option("--force", is_flag=True, help="Replace a bundle; allow too lossy an encoder.")
     def run(
         output: Path,
         quant: str | None,
+        vision_type: str,
+        check_images: Path | None,
         pairs: tuple[str, ...],
         name: str | None,
         force: bool,
@@ -132,12 +148,15 @@ def _add(family: str, texts: Family) -> None:
         from xraygpt_lite.converters import assemble
 
         inputs = {role.replace("_", "-"): path for role, path in paths.items() if path is not None}
-        request = assemble.Request(family, inputs, output, quant, settings, name, force)
-        outcome = assemble.convert(request, lambda step: click.echo(f"{step} …", err=True))
+        request = assemble.Request(family, inputs, output, quant, vision_type, settings, name, force, check_images)
+        with Bar() as bar:
+            outcome = assemble.convert(request, bar)
         if outcome.ignored:
             click.echo(f"ignored, as nothing uses them: {_shortened(outcome.ignored)}", err=True)
         manifest = outcome.bundle.manifest
-        figures = ", ".join(f"{key} {value:.1e}" for key, value in manifest.agreement.items())
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in manifest.agreement.items())
+        for warning in manifest.warnings:
+            console.warn(warning)
         megabytes = sum(entry.size for entry in manifest.files) / 1e6
         console.out(f"{output}: {manifest.name}, {megabytes:.1f} MB, id {outcome.bundle.id[:12]} ({figures})\n")
 

@@ -1,8 +1,7 @@
-"""Stage (a): train the towers of the encoder on the findings, resumably.
+"""Stage (a): train the towers of the encoder on the findings, one after another, resumably.
 
 Each tower is a classifier of its own: mean over the grid, one linear layer, 15 sigmoid outputs, and view, sex and age
-as side tasks. What is kept is an exponential moving average of its weights. The labels were mined from reports and are
-noisy, so the towers that ship learn from them and from teachers, towers that learned from the labels alone.
+as side tasks. What is kept is an exponential moving average of its weights.
 """
 
 from __future__ import annotations
@@ -85,25 +84,6 @@ def macro(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
     return float(np.nanmean(each)), auc(labels[:, -1], scores[:, -1])
 
 
-def taught(train: Split, teachers: list[Path]) -> np.ndarray:
-    """Half label, half what the teachers say on average: float32 (n, 15)."""
-    logits = [predict(_restore(torch.load(path, weights_only=True)["average"]), train.images) for path in teachers]
-    said = torch.from_numpy(np.mean(logits, 0)).sigmoid().numpy()
-    return (train.labels + said) / 2  # type: ignore[no-any-return]
-
-
-def _new() -> nn.ModuleDict:
-    source = GridEncoder(towers=1)
-    model = nn.ModuleDict({"tower": source.towers[0], "head": source.heads[0], "drop": nn.Dropout(0.3)})
-    return model.to(memory_format=torch.channels_last)
-
-
-def _restore(state: dict[str, Tensor]) -> nn.ModuleDict:
-    model = _new()
-    model.load_state_dict(state)
-    return model
-
-
 def train_tower(
     index: int, train: Split, val: Split, path: Path, seed: int, cycles: tuple[int, ...], batch: int = 64
 ) -> None:
@@ -113,7 +93,9 @@ def train_tower(
     the cost; a later one restarts from the averaged weights, at 128 pixels and half the rate.
     """
     torch.manual_seed(seed + index)
-    model = _new()
+    source = GridEncoder(towers=1)
+    model = nn.ModuleDict({"tower": source.towers[0], "head": source.heads[0], "drop": nn.Dropout(0.3)})
+    model = model.to(memory_format=torch.channels_last)
     average = deepcopy(model).requires_grad_(False)
     weights = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]

@@ -2,10 +2,9 @@
 
     python models/nih-tiny/train/train.py --data ../shared/data/nih-chestxray14 --work build/nih-tiny -o BUNDLE
 
-(a) two teachers learn the findings and two towers learn them from labels and teachers, (b) the decoder learns the
-report language, (c) the projector joins them, then the project's own converter makes the bundle and, in the work
-folder, a float32 twin to compare it with. Every stage saves as it goes: run the command again after an interruption
-and it continues. The test split is never read.
+(a) two towers learn the findings, (b) the decoder learns the report language, (c) the projector joins them, then the
+project's own converter makes the bundle and, in the work folder, a float32 twin to compare it with. Every stage saves
+as it goes: run the command again after an interruption and it continues. The test split is never read.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ import logging
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from data import Split, join, read
 from decoder import learn, made_up, new_decoder, new_image_map
 from dialogue import Tokenizer, train_tokenizer
-from encoder import taught, train_tower
+from encoder import train_tower
 from projector import (
     cached_features,
     calibrate,
@@ -42,8 +40,7 @@ from xraygpt_lite.converters.families.nih_tiny import GridEncoder
 
 log = logging.getLogger("train")
 SEED = 2026
-TEACHERS = TOWERS = 2
-TEACHER_CYCLES, TOWER_CYCLES = (12,), (18, 8)  # epochs of each learning-rate cycle
+CYCLES = ((20, 7, 8), (16, 7, 6, 8))  # epochs of each learning-rate cycle of each tower
 PIECES = 640
 WIDTH = 192
 LANGUAGE_STEPS, LANGUAGE_RATE = 900, 2e-3
@@ -53,23 +50,19 @@ PLAIN_STEPS, PLAIN_RATE = (450, 450, 200, 400, 350), 1e-3
 
 
 def one_tower(data: Path, work: Path, index: int) -> None:
-    """Train teacher or tower `index`, alone on one thread: two processes of one beat one process of two."""
+    """Train tower `index` on one thread: two processes of one thread beat one of two."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     train, val = (join(read(data, "nih128", split), read(data, "nih64", split)) for split in ("train", "val"))
-    cycles = TEACHER_CYCLES
-    if index >= TEACHERS:
-        labels = taught(train, [work / f"tower{n}.pt" for n in range(TEACHERS)])
-        train, cycles = replace(train, labels=labels), TOWER_CYCLES
-    train_tower(index, train, val, work / f"tower{index}.pt", seed=SEED, cycles=cycles)
+    train_tower(index, train, val, work / f"tower{index}.pt", seed=SEED, cycles=CYCLES[index])
 
 
 def towers(data: Path, work: Path, processes: int) -> tuple[GridEncoder, Split, Split]:
     """Stage (a); also nih128's train and val, which the later stages use."""
+    count = len(CYCLES)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for first, count in ((0, TEACHERS), (TEACHERS, TOWERS)):
-            list(pool.map(one_tower, [data] * count, [work] * count, range(first, first + count)))
-    paths = [work / f"tower{n}.pt" for n in range(TEACHERS, TEACHERS + TOWERS)]
+        list(pool.map(one_tower, [data] * count, [work] * count, range(count)))
+    paths = [work / f"tower{n}.pt" for n in range(count)]
     return join_towers(paths), read(data, "nih128", "train"), read(data, "nih128", "val")
 
 
@@ -115,7 +108,7 @@ def export(work: Path, encoder: GridEncoder, decoder: LlamaForCausalLM, projecto
     decoder.save_pretrained(work / "llm")
     inputs = {"vision": work / "vision.safetensors", "checkpoint": work / "projector.safetensors", "llm": work / "llm"}
     for path, quant in ((output, "q8_0"), (work / "reference", "f32")):
-        assemble.convert(assemble.Request("nih-tiny", inputs, path, quant, force=True), log.info)
+        assemble.convert(assemble.Request("nih-tiny", inputs, path, quant, force=True))
         log.info("%s: %s", path, quant)
 
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx as onnx_library
 import pytest
 import torch
+from onnx import numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from xraygpt_lite import compare, verify
 from xraygpt_lite.bundle import store
 from xraygpt_lite.cache import Cache
-from xraygpt_lite.converters import assemble, onnx
+from xraygpt_lite.converters import onnx, precision, weights
 from xraygpt_lite.converters.assemble import Request, convert
 from xraygpt_lite.converters.families import FAMILIES, Parts, Projector, loader
 from xraygpt_lite.converters.families.nih_tiny import GridEncoder
 from xraygpt_lite.errors import ConversionError, UsageError
+from xraygpt_lite.model import open_bundle
 
 WIDTH = 64
 
@@ -33,23 +38,41 @@ def request_(made: Path, tmp_path: Path) -> Request:
     return Request("xraygpt-paper", inputs, tmp_path / "out" / "bundle", quant="f32")
 
 
+class Told:
+    """The steps that a conversion named, and what it expected to write."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.expected = 0
+
+    def step(self, text: str) -> None:
+        self.steps.append(text)
+
+    def writing(self, written: Callable[[], int], expected: int) -> None:
+        assert written() == 0
+        self.expected = expected
+
+
 def test_every_family_has_a_loader_and_a_command() -> None:
     from xraygpt_lite.cli import convert as command
 
     assert set(command.FAMILIES) == set(FAMILIES)
-    assert command.QUANTS == assemble.QUANTS
+    assert command.QUANTS == weights.QUANTS
+    assert command.VISION_TYPES == precision.VISION_TYPES
     assert all(callable(loader(family)) for family in FAMILIES)
 
 
 def test_a_quantized_bundle_replaces_another_only_with_force(request_: Request) -> None:
-    steps: list[str] = []
-    outcome = convert(replace(request_, quant="q8_0", name="mine"), steps.append)
-    assert steps == [
+    told = Told()
+    outcome = convert(replace(request_, quant="q8_0", name="mine"), told)
+    assert told.steps == [
         "reading names and shapes",
         "exporting vision and projector to ONNX",
+        "writing the encoder as f32",
         "writing the language model as q8_0",
-        "comparing the graphs with torch",
+        "comparing with what was not made smaller",
         "recording the self-test",
+        "hashing",
     ]
     manifest = outcome.bundle.manifest
     assert (manifest.name, manifest.image_tokens, manifest.width) == ("mine", 1, WIDTH)
@@ -182,14 +205,79 @@ def largest_file() -> Iterator[Callable[[int], None]]:
 
 
 # What is written, in order: vision.onnx (about 40 kB), projector.onnx (10 kB), the language model (600 kB).
-@pytest.mark.parametrize(("size", "quant"), [(5_000, "f32"), (200_000, "f32"), (200_000, "q8_0")])
-def test_a_full_disk_leaves_nothing(
-    request_: Request, largest_file: Callable[[int], None], size: int, quant: str
+@pytest.mark.parametrize(("size", "quant", "kept"), [(5_000, "f32", 0), (200_000, "f32", 4), (200_000, "q8_0", 4)])
+def test_a_full_disk_keeps_finished_steps_and_the_same_command_goes_on(
+    request_: Request,
+    largest_file: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    quant: str,
+    kept: int,
 ) -> None:
     largest_file(size)
+    request = replace(request_, quant=quant)
     with pytest.raises(ConversionError, match=r"disk is full"):
-        convert(replace(request_, quant=quant))
+        convert(request)
+    left = {path.name for path in request.output.parent.rglob("*.*") if path.is_file()}
+    assert left == ({"projector.onnx", "vision.onnx", "steps.json"} if kept else set())
+    largest_file(resource.RLIM_INFINITY)
+    if kept:
+        monkeypatch.setattr(onnx, "export_parts", lambda *_: pytest.fail("was exported again"))
+    convert(request)
+    assert [path.name for path in request.output.parent.iterdir()] == ["bundle"]
+
+
+def test_too_little_disk_is_said_before_the_work(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    monkeypatch.setattr(onnx, "export_parts", lambda *_: pytest.fail("was begun"))
+    with pytest.raises(ConversionError, match=r"has 0\.0 GB free and making bundle takes about"):
+        convert(request_)
     assert list(request_.output.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize("vision_type", ["f16", "int8"])
+def test_a_smaller_encoder_is_measured_and_noted(request_: Request, made: Path, vision_type: str) -> None:
+    inputs = dict(request_.inputs) | {"vision": made / "medclip_swin.bin"}
+    request = replace(request_, inputs=inputs, quant="auto", vision_type=vision_type)
+    manifest = convert(request).bundle.manifest
+    assert manifest.weight_types == {"vision": vision_type, "projector": "f32", "llm": "q8_0"}
+    assert set(compare.FIGURES) <= set(manifest.agreement)
+    assert 0.95 < manifest.agreement["cosine_worst"] <= manifest.agreement["cosine_mean"] <= 1
+    assert manifest.agreement["images"] == 3
+    assert manifest.warnings == ()
+
+
+def test_an_encoder_that_lost_too_much_is_refused_or_says_so(
+    request_: Request, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(source: Path, target: Path, kind: str) -> None:
+        model = onnx_library.load(source)
+        for weight in model.graph.initializer:
+            values = numpy_helper.to_array(weight)
+            if values.dtype == np.float32 and values.ndim > 1:
+                spoiled = np.random.default_rng(0).permutation(values.ravel()).reshape(values.shape)
+                weight.CopyFrom(numpy_helper.from_array(spoiled, weight.name))
+        onnx_library.save(model, target)
+
+    monkeypatch.setattr(precision, "shrink", noisy)
+    request = replace(request_, vision_type="int8")
+    with pytest.raises(
+        ConversionError, match=r"--vision-type int8 the image tokens agree .* --check-images .* --force"
+    ):
+        convert(request)
+    assert list(request.output.parent.iterdir()) == []
+    forced = convert(replace(request, force=True)).bundle.manifest
+    assert "by force" in forced.warnings[0]
+    with open_bundle(store.load(request.output, Cache(None)), device="cpu") as model:
+        assert model.summarize(verify.test_radiograph(1)).warnings[: len(forced.warnings)] == forced.warnings
+
+
+def test_a_machine_without_the_memory_compares_no_answers(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_physical_memory", lambda: 1e5)
+    figures = convert(replace(request_, quant="q8_0")).bundle.manifest.agreement
+    assert "cosine_mean" in figures
+    assert not set(weights.ANSWERS) & set(figures)
 
 
 def test_a_folder_that_cannot_be_written_is_named(request_: Request, tmp_path: Path) -> None:
