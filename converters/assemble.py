@@ -135,6 +135,8 @@ def convert(request: Request, progress: Progress = QUIET) -> Outcome:
         weights.write_llm(llm, draft, staging)
         progress.step("comparing with what was not made smaller")
         figures |= staging.step("comparison", [], lambda: weights.measure(draft, llm, staging, radiographs))
+        if "cosine_mean" in figures and not set(weights.ANSWERS) <= set(figures):
+            progress.step("comparing no answers: the language model as stored is too large for this machine's memory")
         draft = replace(draft, agreement=figures, warnings=_shortfall(request, figures))
         progress.step("recording the self-test")
         test = _self_test(Bundle(staging.bundle, draft, ""))

@@ -121,8 +121,9 @@ class Staging:
         return result
 
     def written(self) -> int:
-        """Bytes in the folder so far."""
-        return sum(_size(path) or 0 for path in self.folder.rglob("*") if not path.is_dir())
+        """Bytes in the folder so far; what lies there under two names counts once."""
+        stats = [path.stat() for path in self.folder.rglob("*") if not path.is_dir()]
+        return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
     def finish(self) -> None:
         """Rename the folder `bundle` to the target; what was there comes back on failure."""

@@ -49,19 +49,19 @@ IMAGE_STEPS, IMAGE_RATE = 350, 8e-4
 PLAIN_STEPS, PLAIN_RATE = (450, 450, 200, 400, 350), 1e-3
 
 
-def one_tower(data: Path, work: Path, index: int) -> None:
+def one_tower(data: Path, work: Path, index: int, cycles: tuple[int, ...]) -> None:
     """Train tower `index` on one thread: two processes of one thread beat one of two."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     train, val = (join(read(data, "nih128", split), read(data, "nih64", split)) for split in ("train", "val"))
-    train_tower(index, train, val, work / f"tower{index}.pt", seed=SEED, cycles=CYCLES[index])
+    train_tower(index, train, val, work / f"tower{index}.pt", seed=SEED, cycles=cycles)
 
 
 def towers(data: Path, work: Path, processes: int) -> tuple[GridEncoder, Split, Split]:
     """Stage (a); also nih128's train and val, which the later stages use."""
     count = len(CYCLES)
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(one_tower, [data] * count, [work] * count, range(count)))
+        list(pool.map(one_tower, [data] * count, [work] * count, range(count), CYCLES))
     paths = [work / f"tower{n}.pt" for n in range(count)]
     return join_towers(paths), read(data, "nih128", "train"), read(data, "nih128", "val")
 

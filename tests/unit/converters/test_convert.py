@@ -275,9 +275,11 @@ def test_an_encoder_that_lost_too_much_is_refused_or_says_so(
 
 def test_a_machine_without_the_memory_compares_no_answers(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "_physical_memory", lambda: 1e5)
-    figures = convert(replace(request_, quant="q8_0")).bundle.manifest.agreement
+    told = Told()
+    figures = convert(replace(request_, quant="q8_0"), told).bundle.manifest.agreement
     assert "cosine_mean" in figures
     assert not set(weights.ANSWERS) & set(figures)
+    assert any("too large for this machine's memory" in step for step in told.steps)
 
 
 def test_a_folder_that_cannot_be_written_is_named(request_: Request, tmp_path: Path) -> None:
