@@ -219,8 +219,10 @@ def v1() -> dict[str, Any]:
     return raw
 
 
-def test_every_older_schema_has_a_step() -> None:
+def test_every_older_schema_has_a_step_and_every_schema_a_stored_bundle() -> None:
     assert set(manifest.UPGRADES) == set(range(1, manifest.SCHEMA))
+    stored = Path(__file__).parents[2] / "golden" / "bundles"
+    assert {path.name for path in stored.iterdir()} == {f"v{n}" for n in range(1, manifest.SCHEMA + 1)}
 
 
 def places(value: Any, way: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
