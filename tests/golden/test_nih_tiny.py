@@ -11,7 +11,7 @@ import pytest
 
 import xraygpt_lite
 from benchmarks.nih_tiny import report_language
-from xraygpt_lite import verify
+from xraygpt_lite import compare, verify
 from xraygpt_lite.bundle import store
 from xraygpt_lite.model import XrayModel
 from xraygpt_lite.values import Radiograph
@@ -65,17 +65,17 @@ def test_summary_and_answers_agree_on_a_made_radiograph(model: XrayModel) -> Non
             assert stated == (score["Yes"] > 0.5)
 
 
-@pytest.mark.parametrize("finding", ["Effusion", "Cardiomegaly", "Pneumothorax"])
-def test_a_second_turn_keeps_to_what_the_first_said(model: XrayModel, finding: str) -> None:
-    """Two turns, as it was trained; its card says that later ones may end in broken sentences."""
+def test_a_second_turn_keeps_to_what_the_first_said(model: XrayModel) -> None:
+    """Two turns, as it was trained, on the examples: one answer in twelve may differ, see its card."""
     language = report_language()
-    chat = model.chat(verify.test_radiograph(1))
-    try:
-        summary = language.parse_report(chat.ask().text)
-        answer = language.parse(chat.ask(language.finding_questions(finding)[0]).text)
-        assert (finding in answer.present) == (finding in summary.present)
-    finally:
-        chat.close()
+    kept = []
+    for radiograph in compare.check_images(None):
+        for finding in ("Effusion", "Cardiomegaly", "Pneumothorax", "Atelectasis"):
+            with model.chat(radiograph) as chat:
+                summary = language.parse_report(chat.ask().text)
+                answer = language.parse(chat.ask(language.finding_questions(finding)[0]).text)
+            kept.append((finding in answer.present) == (finding in summary.present))
+    assert (len(kept), sum(kept) >= 11) == (12, True)
 
 
 @pytest.mark.parametrize("question", ["Hello", "¿Dónde está el corazón?", "List the ribs.", "Is it big?"])
