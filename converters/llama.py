@@ -22,7 +22,6 @@ from xraygpt_lite.converters.llama_config import Sizes
 from xraygpt_lite.converters.lora import Lora, Merged
 from xraygpt_lite.converters.tensors import Tensors, is_finite
 from xraygpt_lite.errors import ConversionError
-from xraygpt_lite.llm.quantize import quantize
 
 FILE_TYPES = {"f32": LlamaFileType.ALL_F32, "f16": LlamaFileType.MOSTLY_F16}
 """Weight types that are written here; llama.cpp's quantizer makes the others."""
@@ -123,7 +122,7 @@ class LlamaFolder:
         self._weights = Merged(self._weights, lora)
 
     def write(self, path: Path, kind: str, name: str) -> None:
-        """Write the GGUF file: matrices as `kind`, vectors as float32.
+        """Write the GGUF file: matrices as `kind`, one of `FILE_TYPES`, vectors as float32.
 
         Raises
         ------
@@ -132,28 +131,6 @@ class LlamaFolder:
         OSError
             The file cannot be written.
         """
-        if kind in FILE_TYPES:
-            self._write(path, kind, name)
-            return
-        unquantized = path.with_name("unquantized.gguf")
-        self._write(unquantized, self.own_type, name)
-        quantize(unquantized, path, kind)
-        unquantized.unlink()
-
-    def _check(self) -> tuple[str, ...]:
-        """Hold names and shapes against the plan; the names that nothing uses."""
-        stored = [name for _, name, _ in self._plan]
-        unused = () if "lm_head.weight" in stored else (r"^lm_head\.weight$",)
-        ignored = take_all(self._weights, stored, (*BUFFERS, *unused))
-        for _, name, expected in self._plan:
-            if self._weights.shapes[name] != expected:
-                raise ConversionError(
-                    f"tensor {name!r} of {self.path} has shape {self._weights.shapes[name]}; config.json asks for "
-                    f"{expected}"
-                )
-        return ignored
-
-    def _write(self, path: Path, kind: str, name: str) -> None:
         writer = GGUFWriter(None, "llama")
         _metadata(writer, self.sizes, self.vocabulary, name, kind)
         for target, _, shape in self._plan:
@@ -168,6 +145,19 @@ class LlamaFolder:
                 writer.write_tensor_data(self._convert(target, stored, written))
         finally:
             writer.close()
+
+    def _check(self) -> tuple[str, ...]:
+        """Hold names and shapes against the plan; the names that nothing uses."""
+        stored = [name for _, name, _ in self._plan]
+        unused = () if "lm_head.weight" in stored else (r"^lm_head\.weight$",)
+        ignored = take_all(self._weights, stored, (*BUFFERS, *unused))
+        for _, name, expected in self._plan:
+            if self._weights.shapes[name] != expected:
+                raise ConversionError(
+                    f"tensor {name!r} of {self.path} has shape {self._weights.shapes[name]}; config.json asks for "
+                    f"{expected}"
+                )
+        return ignored
 
     def _convert(self, target: str, stored: str, dtype: torch.dtype) -> npt.NDArray[Any]:
         values = self._weights.read(stored)

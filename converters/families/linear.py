@@ -13,6 +13,9 @@ from xraygpt_lite.converters.recognise import commands
 from xraygpt_lite.errors import ConversionError
 
 WEIGHT, BIAS = "llama_proj.weight", "llama_proj.bias"
+JOINED = 4
+"""Neighbouring patches that MiniGPT-Med joins: its layer is so many times as wide as the ViT."""
+
 FED_BY = {
     "xraygpt-paper": "MedCLIP (512 wide)",
     "xraygpt": "a Q-Former (768 wide)",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from xraygpt_lite.converters import lora
 from xraygpt_lite.converters.checkpoint import Checkpoint, fill
 from xraygpt_lite.converters.families import Parts, Settings, eva
-from xraygpt_lite.converters.families.linear import projector
+from xraygpt_lite.converters.families.linear import JOINED, projector
 from xraygpt_lite.converters.recognise import expect
 from xraygpt_lite.errors import ConversionError
 
@@ -22,7 +22,6 @@ FAMILY = "minigpt-med"
 SETTINGS = ("vision.num_heads", "vision.image_size", "lora.alpha")
 IMAGE_SIZE = 448
 ALPHA = 16.0
-JOINED = 4
 NORM = {"weight": "ln_vision.weight", "bias": "ln_vision.bias"}
 
 

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from xraygpt_lite.converters.checkpoint import Checkpoint
 from xraygpt_lite.converters.families import Parts, Settings, eva, qformer
-from xraygpt_lite.converters.families.linear import projector
+from xraygpt_lite.converters.families.linear import JOINED, projector
 from xraygpt_lite.converters.recognise import expect
 
 FAMILY = "xraygpt"
 SETTINGS = ("vision.num_heads", "qformer.num_heads", "vision.image_size")
 IMAGE_SIZE = 224
-JOINED = 4
-"""Patches that MiniGPT-Med joins: its layer is so many times as wide as this ViT."""
 
 
 class QueryEncoder(nn.Module):

@@ -14,6 +14,7 @@ import pytest
 from xraygpt_lite.converters import language
 from xraygpt_lite.converters.checkpoint import Checkpoint
 from xraygpt_lite.converters.lora import Lora
+from xraygpt_lite.llm.quantize import quantize
 from xraygpt_lite.llm.scheduler import Engine
 from xraygpt_lite.values import DevicePlan, EmbeddingSegment, TokenSegment
 
@@ -63,7 +64,8 @@ def test_a_base_and_its_delta_are_the_whole_model(oracle: Path, tmp_path: Path) 
 def test_an_existing_gguf_is_kept_byte_for_byte_or_made_smaller(oracle: Path, tmp_path: Path) -> None:
     folder = language.read({"llm": oracle / "llm"})
     folder.write(tmp_path / "f16.gguf", "f16", "oracle")
-    folder.write(tmp_path / "straight.gguf", "q8_0", "oracle")
+    folder.write(tmp_path / "stored.gguf", folder.own_type, "oracle")
+    quantize(tmp_path / "stored.gguf", tmp_path / "straight.gguf", "q8_0")
     existing = language.read({"llm": tmp_path / "f16.gguf"})
     assert (existing.width, existing.bos, existing.eos) == (folder.width, folder.bos, folder.eos)
     assert (existing.weight_type(None), existing.weight_type("q8_0")) == ("f16", "q8_0")

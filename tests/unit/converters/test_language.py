@@ -21,6 +21,7 @@ from xraygpt_lite.converters.checkpoint import Checkpoint
 from xraygpt_lite.converters.lora import Lora, Merged
 from xraygpt_lite.converters.tensors import is_finite
 from xraygpt_lite.errors import ConversionError, UsageError
+from xraygpt_lite.llm.quantize import quantize
 
 HEAD = files.CONFIG["hidden_size"] // files.CONFIG["num_attention_heads"]
 LARGER = files.CONFIG | {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 6}
@@ -242,7 +243,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("gguf")
     model = language.read({"llm": files.folder(path / "llm", files.weights())})
     model.write(path / "f32.gguf", "f32", "x")
-    model.write(path / "q8_0.gguf", "q8_0", "x")
+    model.write(path / "f16.gguf", "f16", "x")
+    quantize(path / "f16.gguf", path / "q8_0.gguf", "q8_0")
     return path
 
 
