@@ -5,19 +5,27 @@ Knows the engine's slots, the prompt's wording and the answer's clean-up. `model
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
 
 from xraygpt_lite import boxes, prompt
 from xraygpt_lite.answer import AnswerReader, clean, reworded
 from xraygpt_lite.closing import Closing
-from xraygpt_lite.errors import ClosedError
+from xraygpt_lite.errors import ClosedError, UsageError
 from xraygpt_lite.llm.scheduler import Engine, Generation, Slot, Stream
 from xraygpt_lite.options import resolve, undrawn
 from xraygpt_lite.values import (
+    OPTION_RANGES,
     Bundle,
+    Finding,
+    FindingSpec,
     Float32,
     GenerationOptions,
+    Manifest,
     Placement,
     Radiograph,
     Sampling,
@@ -25,6 +33,9 @@ from xraygpt_lite.values import (
     Summary,
     Timings,
 )
+
+Float64 = npt.NDArray[np.float64]
+LARGEST_SEED = int(OPTION_RANGES["seed"][1])
 
 
 @dataclass(frozen=True)
@@ -54,11 +65,17 @@ class AnswerStream(Closing, Iterator[str]):
     """
 
     def __init__(
-        self, chat: ChatSession, stream: Stream, asked: prompt.Asked, sampling: Sampling, turn_only: bool
+        self,
+        chat: ChatSession,
+        stream: Stream,
+        asked: prompt.Asked,
+        sampling: Sampling,
+        prompt_rows: int,
+        turn_only: bool,
     ) -> None:
         self.radiograph = chat.radiograph
         self._chat, self._stream, self._asked, self._sampling = chat, stream, asked, sampling
-        self._turn_only = turn_only
+        self._prompt_rows, self._turn_only = prompt_rows, turn_only
         self._raw = ""
         self._summary: Summary | None = None
         self._ended = False
@@ -112,7 +129,9 @@ class AnswerStream(Closing, Iterator[str]):
 
     def _finish(self) -> None:
         self._ended = True
-        self._summary = self._chat._record(self._asked, self._sampling, self._raw, self._stream.result)
+        self._summary = self._chat._record(
+            self._asked, self._sampling, self._prompt_rows, self._raw, self._stream.result
+        )
         if self._turn_only:
             self._chat.close()
 
@@ -137,6 +156,7 @@ class ChatSession(Closing):
         self._variant_name, self._variant = prompt.variant_of(bundle.manifest.prompt, variant)
         self._slot: Slot = engine.open()
         self._carry = ""
+        self._image_end = 0
         self._open: AnswerStream | None = None
         self._closed = False
         self.turns: list[Summary] = []
@@ -150,7 +170,8 @@ class ChatSession(Closing):
         box: Sequence[float] | None = None,
     ) -> Summary:
         """Ask and wait for the whole answer. Takes and raises what `stream` does."""
-        return self.stream(question, options, task=task, box=box).summary
+        asked = prompt.ask(self._manifest.prompt, question, task, box)
+        return self._ask(asked, options, turn_only=False, pieces=False).summary
 
     def stream(
         self,
@@ -177,7 +198,57 @@ class ChatSession(Closing):
         ClosedError
             The session, or its model, was closed.
         """
-        return self._ask(prompt.ask(self._manifest.prompt, question, task, box), options, turn_only=False)
+        asked = prompt.ask(self._manifest.prompt, question, task, box)
+        return self._ask(asked, options, turn_only=False, pieces=True)
+
+    def restart(self) -> None:
+        """Forget every turn. The image stays in the cache, and the next question is a first one again."""
+        self._check_open()
+        self._keep_image()
+        self.turns.clear()
+        self._carry = ""
+
+    def score(self, asked: Sequence[tuple[str, Sequence[str]]]) -> list[dict[str, float]]:
+        """How likely each choice is as the answer to a first question; turns are forgotten, as by `restart`.
+
+        Parameters
+        ----------
+        asked
+            Pairs of a question, checked, and its choices.
+
+        Returns
+        -------
+        list of dict
+            For each question: choice → the softmax over the choices of their summed token log-probabilities.
+
+        Raises
+        ------
+        UsageError
+            Fewer than two choices, or one that is empty or given twice.
+        """
+        self.restart()
+        results = []
+        for question, choices in asked:
+            sums = self._sums(question, _choice_ids(self._engine, choices))
+            weights = np.exp(sums - sums.max())
+            results.append(dict(zip(choices, (weights / weights.sum()).tolist(), strict=True)))
+        self._keep_image()
+        return results
+
+    def findings(self) -> tuple[Finding, ...]:
+        """The probability of "yes" for every finding that the bundle's manifest lists; turns are forgotten.
+
+        Raises
+        ------
+        UsageError
+            The bundle lists no findings.
+        """
+        specs = listed_findings(self._manifest)
+        scores = self.score([(spec.question, (spec.yes, spec.no)) for spec in specs])
+        return tuple(
+            Finding(spec.name, score[spec.yes] >= 0.5, score[spec.yes])
+            for spec, score in zip(specs, scores, strict=True)
+        )
 
     def close(self) -> None:
         """Give the sequence back to the engine. Safe to call twice."""
@@ -185,28 +256,65 @@ class ChatSession(Closing):
             self._closed = True
             self._slot.close()
 
-    def _ask(self, asked: prompt.Asked, options: GenerationOptions | None, *, turn_only: bool) -> AnswerStream:
-        if self._closed:
-            raise ClosedError("this conversation was closed; start another with XrayModel.chat")
-        if self._open is not None:
-            self._open.close()
+    def _ask(
+        self, asked: prompt.Asked, options: GenerationOptions | None, *, turn_only: bool, pieces: bool
+    ) -> AnswerStream:
+        self._check_open()
         spec, placement, side = self._manifest.prompt, self._study.placement, self._manifest.image.size
         markup = "" if asked.box is None else boxes.markup(asked.box, placement, side, spec.box_grid)
         text = prompt.wording(spec, asked, markup)
         sampling = resolve(options, self._manifest)
-        tokenize = self._engine.tokenize
+        held = self._slot.rows
         segments: list[Segment]
-        if self._slot.rows:
-            segments = [prompt.next_turn(self._variant, text, self._carry, tokenize)]
+        if self.turns:
+            segments = [prompt.next_turn(self._variant, text, self._carry, self._engine.tokenize)]
         else:
-            segments = prompt.build(self._variant, text, self._study.rows, tokenize)
+            segments = self._first(text)
         reader = AnswerReader(sampling.stops)
-        stream = self._slot.generate(segments, sampling, stop_ids=spec.stop_ids, reader=reader)
-        answer = AnswerStream(self, stream, asked, sampling, turn_only)
+        seed = _seed(sampling.seed, self.radiograph.sha256, text, len(self.turns))
+        drawn = replace(sampling, seed=seed)
+        stream = self._slot.generate(segments, drawn, stop_ids=spec.stop_ids, reader=reader, pieces=pieces)
+        prompt_rows = sum(map(len, segments)) + (0 if self.turns else held)
+        answer = AnswerStream(self, stream, asked, sampling, prompt_rows, turn_only)
         self._open = answer if not turn_only else None
         return answer
 
-    def _record(self, asked: prompt.Asked, sampling: Sampling, raw: str, generation: Generation) -> Summary:
+    def _check_open(self) -> None:
+        """Cancel an answer that is still open."""
+        if self._closed:
+            raise ClosedError("this conversation was closed; start another with XrayModel.chat")
+        if self._open is not None:
+            self._open.close()
+
+    def _first(self, text: str) -> list[Segment]:
+        """What a first turn adds to the cache: all of it, or the question alone where the image is there already."""
+        tokenize = self._engine.tokenize
+        part = prompt.question_part(self._variant, text, tokenize)
+        if self._slot.rows:
+            return [part]
+        prefix = prompt.prefix(self._variant, self._study.rows, tokenize)
+        self._image_end = sum(map(len, prefix))
+        return [*prefix, part]
+
+    def _keep_image(self) -> None:
+        """Cut the cache behind the image rows."""
+        if self._slot.rows:
+            self._slot.truncate(self._image_end)
+
+    def _sums(self, question: str, choices: list[list[int]]) -> Float64:
+        """Summed log-probability of each choice as the answer to a first turn."""
+        self._keep_image()
+        segments = self._first(question)
+        sums = []
+        for choice in choices:
+            logs = _log_softmax(self._slot.trace(segments, choice).astype(np.float64))
+            sums.append(logs[np.arange(len(choice)), choice].sum())
+            segments = []  # in the cache from here on
+        return np.asarray(sums)
+
+    def _record(
+        self, asked: prompt.Asked, sampling: Sampling, prompt_rows: int, raw: str, generation: Generation
+    ) -> Summary:
         self._carry = generation.carry
         read = self._read(raw)
         radiograph, timings = self._study.radiograph, self._study.timings
@@ -234,7 +342,7 @@ class ChatSession(Closing):
             timings=replace(
                 timings if first else Timings(), prefill=generation.prefill_s, generate=generation.generate_s
             ),
-            prompt_tokens=generation.prompt_rows - (len(self._study.rows) if first else 0),
+            prompt_tokens=prompt_rows - (len(self._study.rows) if first else 0),
             image_tokens=len(self._study.rows) if first else 0,
             answer_tokens=len(generation.ids),
             disclaimer=self._manifest.disclaimer,
@@ -258,3 +366,37 @@ def _length_warning(generation: Generation, sampling: Sampling) -> tuple[str, ..
     if generation.finish == "stop":
         return ()
     return (f"the answer was cut at max_tokens = {sampling.max_tokens}; it may be incomplete",)
+
+
+def listed_findings(manifest: Manifest) -> tuple[FindingSpec, ...]:
+    """The findings that may be scored.
+
+    Raises
+    ------
+    UsageError
+        The bundle lists none.
+    """
+    if not manifest.prompt.findings:
+        raise UsageError(f"bundle {manifest.name!r} lists no findings that may be scored")
+    return manifest.prompt.findings
+
+
+def _seed(seed: int, sha256: str, text: str, turn: int) -> int:
+    """The sampler's seed: it depends on what is asked about what, and on no other answer or order."""
+    digest = hashlib.sha256(f"{seed} {sha256} {turn} {text}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4]) % (LARGEST_SEED + 1)
+
+
+def _choice_ids(engine: Engine, choices: Sequence[str]) -> list[list[int]]:
+    if len(choices) < 2 or len(set(choices)) != len(choices):
+        raise UsageError(f"score was given {len(choices)} choices; it needs two or more, all different")
+    ids = [engine.tokenize(choice, leading_space=False).tolist() for choice in choices]
+    if not all(ids):
+        raise UsageError("score was given an empty choice; every choice needs at least one character")
+    return ids
+
+
+def _log_softmax(logits: Float64) -> Float64:
+    shifted: Float64 = logits - logits.max(-1, keepdims=True)
+    logs: Float64 = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return logs

@@ -14,37 +14,33 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 
 from xraygpt_lite import device as devices
 from xraygpt_lite import prompt, vision
 from xraygpt_lite.answer import AnswerReader
 from xraygpt_lite.bundle import gguf_header, store
 from xraygpt_lite.cache import Cache
-from xraygpt_lite.chat import AnswerStream, ChatSession, Study
+from xraygpt_lite.chat import AnswerStream, ChatSession, Study, listed_findings
 from xraygpt_lite.closing import Closing
-from xraygpt_lite.errors import BundleError, ClosedError, UsageError
+from xraygpt_lite.errors import BundleError, ClosedError
 from xraygpt_lite.imaging.read import read
 from xraygpt_lite.imaging.transform import transform
 from xraygpt_lite.llm import native, selftest
-from xraygpt_lite.llm.scheduler import Engine, Slot
+from xraygpt_lite.llm.scheduler import Engine
 from xraygpt_lite.options import resolve
 from xraygpt_lite.values import (
     Bundle,
     DevicePlan,
     Finding,
-    FindingSpec,
     Float32,
     GenerationOptions,
     ImageTokens,
     Radiograph,
     Sampling,
-    Segment,
     Summary,
     Timings,
 )
 
-Float64 = npt.NDArray[np.float64]
 Image = str | os.PathLike[str] | bytes | np.ndarray | Radiograph
 """What every method takes: a path, a file's bytes, an array (H, W), or a `Radiograph` that was read before."""
 
@@ -168,7 +164,8 @@ class XrayModel(Closing):
         ContextError
             Prompt and longest answer do not fit the context.
         """
-        return self.stream(image, question, options, task=task, box=box, variant=variant).summary
+        asked = self.check(question, options, task=task, box=box, variant=variant)
+        return self._turn(image, asked, options, variant, pieces=False).summary
 
     def stream(
         self,
@@ -182,16 +179,11 @@ class XrayModel(Closing):
     ) -> AnswerStream:
         """As `summarize`, with the text as it comes and the record in `.summary` at the end."""
         asked = self.check(question, options, task=task, box=box, variant=variant)
-        chat = self.chat(image, variant=variant)
-        try:
-            return chat._ask(asked, options, turn_only=True)
-        except BaseException:
-            chat.close()
-            raise
+        return self._turn(image, asked, options, variant, pieces=True)
 
     def chat(self, image: Image, *, variant: str | None = None) -> ChatSession:
         """A conversation about one radiograph, which is encoded once."""
-        return ChatSession(self._open(), self.bundle, self.study(image), variant, self.plan.device)
+        return self.converse(self.study(image), variant=variant)
 
     def check(
         self,
@@ -218,8 +210,9 @@ class XrayModel(Closing):
         UsageError
             Fewer than two choices, or one that is empty or given twice; or as `summarize`.
         """
-        spec = FindingSpec("", prompt.check_question(self.bundle.manifest.prompt, question), "", "")
-        return self._score(self.study(image).rows, [(spec.question, tuple(choices))])[0]
+        asked = prompt.check_question(self.bundle.manifest.prompt, question)
+        with self.chat(image) as chat:
+            return chat.score([(asked, choices)])[0]
 
     def findings(self, image: Image) -> tuple[Finding, ...]:
         """The probability of "yes" for every finding that the bundle's manifest lists, by its own questions.
@@ -229,15 +222,9 @@ class XrayModel(Closing):
         UsageError
             The bundle lists no findings.
         """
-        specs = self.bundle.manifest.prompt.findings
-        if not specs:
-            raise UsageError(f"bundle {self.bundle.manifest.name!r} lists no findings that may be scored")
-        asked = [(spec.question, (spec.yes, spec.no)) for spec in specs]
-        scores = self._score(self.study(image).rows, asked)
-        return tuple(
-            Finding(spec.name, score[spec.yes] >= 0.5, score[spec.yes])
-            for spec, score in zip(specs, scores, strict=True)
-        )
+        listed_findings(self.bundle.manifest)
+        with self.chat(image) as chat:
+            return chat.findings()
 
     def study(self, image: Image) -> Study:
         """Read, transform and encode one radiograph."""
@@ -249,6 +236,10 @@ class XrayModel(Closing):
         tokens = self._encoder.encode(pixels)
         timings = Timings(read=was_read - began, vision=time.perf_counter() - was_read)
         return Study(radiograph, tokens.data[0], pixels.placements[0], timings)
+
+    def converse(self, study: Study, *, variant: str | None = None) -> ChatSession:
+        """A conversation about a radiograph that was encoded before."""
+        return ChatSession(self._open(), self.bundle, study, variant, self.plan.device)
 
     def tokens_of(self, image: Image) -> ImageTokens:
         """The image tokens (1, N, E) of one radiograph."""
@@ -283,52 +274,18 @@ class XrayModel(Closing):
             self._engine.close()
             self._encoder.close()
 
+    def _turn(
+        self, image: Image, asked: prompt.Asked, options: GenerationOptions | None, variant: str | None, *, pieces: bool
+    ) -> AnswerStream:
+        """A conversation of one turn."""
+        chat = self.chat(image, variant=variant)
+        try:
+            return chat._ask(asked, options, turn_only=True, pieces=pieces)
+        except BaseException:
+            chat.close()
+            raise
+
     def _open(self) -> Engine:
         if self._closed:
             raise ClosedError("this model was closed; load it again")
         return self._engine
-
-    def _score(self, rows: Float32, asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[dict[str, float]]:
-        """Scores of several questions about one image, whose rows are prefilled once."""
-        engine = self._open()
-        _, variant = prompt.variant_of(self.bundle.manifest.prompt, None)
-        results = []
-        with engine.open() as slot:
-            for question, choices in asked:
-                segments = prompt.build(variant, question, rows, engine.tokenize)
-                sums = _sums(slot, segments, _choice_ids(engine, choices))
-                weights = np.exp(sums - sums.max())
-                results.append(dict(zip(choices, (weights / weights.sum()).tolist(), strict=True)))
-        return results
-
-
-def _choice_ids(engine: Engine, choices: Sequence[str]) -> list[list[int]]:
-    if len(choices) < 2 or len(set(choices)) != len(choices):
-        raise UsageError(f"score was given {len(choices)} choices; it needs two or more, all different")
-    ids = [engine.tokenize(choice, leading_space=False).tolist() for choice in choices]
-    if not all(ids):
-        raise UsageError("score was given an empty choice; every choice needs at least one character")
-    return ids
-
-
-def _sums(slot: Slot, segments: Sequence[Segment], choices: list[list[int]]) -> Float64:
-    """Summed log-probability of each choice as the answer to a first turn.
-
-    What precedes the question is prefilled by the slot's first use and stays for the next question.
-    """
-    *prefix, question = segments
-    if slot.rows:
-        slot.truncate(sum(map(len, prefix)))
-        segments = [question]
-    sums = []
-    for choice in choices:
-        logs = _log_softmax(slot.trace(segments, choice).astype(np.float64))
-        sums.append(logs[np.arange(len(choice)), choice].sum())
-        segments = ()  # in the cache from here on
-    return np.asarray(sums)
-
-
-def _log_softmax(logits: Float64) -> Float64:
-    shifted: Float64 = logits - logits.max(-1, keepdims=True)
-    logs: Float64 = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return logs

@@ -1,5 +1,8 @@
 """The engine thread: it alone touches the context, and decodes one row for every active sequence in each step.
 
+What prompts have in common, the rows before the first image, is prefilled once: a sequence keeps it when it is given
+back, and others copy it. Prompts of one form are prefilled in common calls.
+
 Knows requests and native objects. Callers, slots and streams live in `scheduler`; they only submit and wait.
 """
 
@@ -39,6 +42,8 @@ class Core:
         self._holders: dict[int, int] = {}
         self._inbox: SimpleQueue[Request | Held | None] = SimpleQueue()
         self._active: list[Request] = []
+        # Sequence → the token ids of the opening rows in its cache, whoever holds it.
+        self._openings: dict[int, bytes] = {}
         self._broken: str | None = None
         self._thread = threading.Thread(target=self._run, name="xraygpt-lite-engine", daemon=True)
         self._thread.start()
@@ -107,7 +112,10 @@ class Core:
                 self._collect()
                 for request in [request for request in self._active if request.cancelled]:
                     self._fail([request], CancelledError("the answer was cancelled"))
-                self._prefill()
+                # A step costs nearly the same without those that are still to be prefilled, so they come first. A long
+                # prompt, of whole batches, lets the others go on in between.
+                while 0 < self._prefill() < self.context.batch:
+                    pass
                 self._step()
                 self._search()
         # Whatever it is, callers must hear of it: they wait on queues.
@@ -153,29 +161,97 @@ class Core:
 
     def _free_sequence(self, held: Held) -> None:
         self._fail([r for r in self._active if r.held is held], CancelledError("the slot was closed"))
-        self.context.cut(held.id, 0)
+        self._rewind(held.id)
         with self.lock:
             self._free.append(held.id)
             # Neighbouring ids share a decode call's micro-batch: keep the used ones low.
             self._free.sort()
             self.lock.notify()
 
-    def _prefill(self) -> None:
-        """Decode one chunk of the first request that has any left, so that others' answers go on meanwhile."""
-        request = next((r for r in self._active if r.chunks or isinstance(r, Cut | Trace)), None)
-        if request is None:
+    def _prefill(self) -> int:
+        """Decode the next chunk of the first request that has any left, and of those of the same form; return the rows.
+
+        Rows of other requests in a call change no bit of a row where all have the same number of rows.
+        """
+        waiting = [r for r in self._active if r.chunks or isinstance(r, Cut | Trace)]
+        for request in waiting:
+            self._share_opening(request)
+        if not waiting:
+            return 0
+        if not waiting[0].chunks:
+            self._advance(waiting[0], ())
+            return 1
+        together = self._alike(waiting)
+        first = together[0].chunks[0]
+        rows = len(first.content)
+        for request in together:
+            self._overwrite(request.held)
+        starts = np.array([request.held.rows for request in together])
+        self._batch.put(
+            np.concatenate([request.chunks[0].content for request in together]),
+            (starts[:, None] + np.arange(rows)).ravel(),
+            np.repeat([request.held.id for request in together], rows),
+            np.tile(np.arange(rows) >= rows - first.outputs, len(together)),
+        )
+        if self._decode(together):
+            for number, request in enumerate(together):
+                if request.opening is not None:
+                    self._openings[request.held.id], request.opening = request.opening, None
+                request.held.rows += rows
+                request.chunks.popleft()
+                self._advance(request, range((number + 1) * rows - first.outputs, (number + 1) * rows))
+        return rows * len(together)
+
+    def _alike(self, waiting: list[Request]) -> list[Request]:
+        """The first request and those whose next chunk can be decoded with its, by rising sequence.
+
+        Of several that begin with the same opening one goes ahead, and the others copy it.
+        """
+        first = waiting[0].chunks[0]
+        room = self.context.batch // len(first.content)
+        together: list[Request] = []
+        openings = set[bytes | None]()
+        for request in waiting:
+            if not request.chunks or len(together) == room or request.opening in openings - {None}:
+                continue
+            chunk = request.chunks[0]
+            if chunk.content.shape == first.content.shape and chunk.outputs == first.outputs:
+                together.append(request)
+                openings.add(request.opening)
+        return sorted(together, key=lambda request: request.held.id)
+
+    def _share_opening(self, request: Request) -> None:
+        """Let a request begin behind opening rows that are in the cache already, its own sequence's or a copy."""
+        if request.opening is None:
             return
-        if not request.chunks:
-            self._advance(request, ())
+        target, rows = request.held.id, len(request.chunks[0].content)
+        holders = [s for s, ids in self._openings.items() if ids == request.opening and self.context.length(s) >= rows]
+        if not holders:
             return
-        held, chunk = request.held, request.chunks[0]
-        rows = len(chunk.content)
-        first_output = rows - chunk.outputs
-        self._batch.put(chunk.content, np.arange(held.rows, held.rows + rows), held.id, np.arange(rows) >= first_output)
-        if self._decode([request]):
-            held.rows += rows
-            request.chunks.popleft()
-            self._advance(request, range(first_output, rows))
+        if target not in holders:
+            self.context.cut(target, 0)
+            self.context.copy(holders[0], target)
+        self.context.cut(target, rows)
+        self._openings[target], request.opening = request.opening, None
+        request.held.rows = rows
+        request.chunks.popleft()
+
+    def _overwrite(self, held: Held) -> None:
+        """Forget opening rows that the next ones will replace."""
+        if held.rows < self._opening_rows(held.id):
+            del self._openings[held.id]
+            self.context.cut(held.id, held.rows)
+
+    def _rewind(self, sequence: int) -> None:
+        """Empty a sequence but for its opening."""
+        rows = self._opening_rows(sequence)
+        if self.context.length(sequence) < rows:
+            del self._openings[sequence]
+            rows = 0
+        self.context.cut(sequence, rows)
+
+    def _opening_rows(self, sequence: int) -> int:
+        return len(self._openings.get(sequence, b"")) // np.dtype(np.int32).itemsize
 
     def _step(self) -> None:
         """Decode one row of every request that generates, in one call."""
@@ -203,6 +279,8 @@ class Core:
         try:
             self.context.decode(self._batch)
         except NativeError as error:
+            for request in requests:
+                self._openings.pop(request.held.id, None)
             self._fail(requests, error)
             return False
         return True
@@ -220,7 +298,10 @@ class Core:
         """End requests and leave their sequences as they were before."""
         for request in requests:
             rows, tail = request.start
-            self.context.cut(request.held.id, rows)
+            if rows:
+                self.context.cut(request.held.id, rows)
+            else:
+                self._rewind(request.held.id)
             request.held.rows, request.held.tail = rows, tail
             self._active.remove(request)
             request.end(error)

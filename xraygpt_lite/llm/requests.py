@@ -33,7 +33,7 @@ class Generation:
     finish
         "stop": a stop string or stop id came. "length": max_tokens were chosen.
     prompt_rows
-        Rows prefilled in this call.
+        Rows of the segments; those that the cache held already are counted too.
     cached_rows
         Rows in the slot's cache afterwards: the prompt and the tokens wholly before the stop.
     prefill_s, generate_s
@@ -55,13 +55,21 @@ Outcome = Generation | Float32 | BaseException
 
 
 class Request:
-    """Segments to prefill into one sequence, and what follows them."""
+    """Segments to prefill into one sequence, and what follows them.
+
+    Attributes
+    ----------
+    opening
+        The token ids that an empty sequence begins with, where rows of another kind follow them: a prompt's fixed text
+        before the image. None for any other request.
+    """
 
     def __init__(self, held: Held, segments: Sequence[Segment], chunk: int) -> None:
         self.held = held
         self.start = (held.rows, held.tail)
         self.prompt_rows = count(segments)
         self.chunks: deque[Chunk] = deque(chunks(segments, chunk))
+        self.opening = None if held.rows else _opening(self.chunks)
         self.events: SimpleQueue[str | Outcome] = SimpleQueue()
         self.done = Event()
         self.cancelled = False
@@ -79,6 +87,13 @@ class Request:
 
     def close(self) -> None:
         """Free what is native."""
+
+
+def _opening(parts: Sequence[Chunk]) -> bytes | None:
+    """The first chunk's token ids, if rows of another kind follow it."""
+    if len(parts) < 2 or parts[0].content.ndim != 1 or parts[1].content.ndim == 1:
+        return None
+    return parts[0].content.tobytes()
 
 
 class Trace(Request):
@@ -165,8 +180,10 @@ class Generate(Answer):
         sampling: Sampling,
         stop_ids: tuple[int, ...],
         reader: Reader,
+        pieces: bool,
     ) -> None:
         super().__init__(held, segments, chunk)
+        self._pieces = pieces
         self._sampler = sampler
         self._draft = Draft(reader, stop_ids, sampling.max_tokens)
 
@@ -184,7 +201,7 @@ class Generate(Answer):
         """Choose the next token, show its text, and end where it stops."""
         draft = self._draft
         if not self.wants_logits:
-            self._complete(context, draft)
+            self._complete(context, draft, self._unseen)
             return
         if not rows:
             return
@@ -193,10 +210,14 @@ class Generate(Answer):
         context.logits(rows[0])
         token = self._sampler.sample(context, rows[0])
         text = draft.add(token, context.model.piece(token))
-        if text:
+        if text and self._pieces:
             self.events.put(text)
         if draft.finish is not None and draft.kept < len(draft.ids):
-            self._complete(context, draft)
+            self._complete(context, draft, self._unseen)
+
+    @property
+    def _unseen(self) -> str:
+        return "" if self._pieces else self._draft.text
 
     def close(self) -> None:
         """Free the sampler."""

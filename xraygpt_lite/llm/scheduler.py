@@ -114,7 +114,13 @@ class Slot(Closing):
         return self._held.rows
 
     def generate(
-        self, segments: Sequence[Segment], sampling: Sampling, *, stop_ids: tuple[int, ...], reader: Reader
+        self,
+        segments: Sequence[Segment],
+        sampling: Sampling,
+        *,
+        stop_ids: tuple[int, ...],
+        reader: Reader,
+        pieces: bool = True,
     ) -> Stream:
         """Append segments and generate an answer.
 
@@ -129,6 +135,8 @@ class Slot(Closing):
             Token ids that end the answer; barred until `min_tokens` others were chosen.
         reader
             Decodes the text and finds stop strings; used by the engine thread until the end.
+        pieces
+            False: the text comes whole at the end, and nobody is woken for every token.
 
         Returns
         -------
@@ -154,8 +162,9 @@ class Slot(Closing):
         else:
             sampler = Sampler(model, sampling, stop_ids)
             request = Generate(
-                self._held, segments, rows, sampler=sampler, sampling=sampling, stop_ids=stop_ids, reader=reader
-            )
+                self._held, segments, rows,
+                sampler=sampler, sampling=sampling, stop_ids=stop_ids, reader=reader, pieces=pieces,
+            )  # fmt: skip
         self._submit(request)
         return Stream(self._core, request)
 

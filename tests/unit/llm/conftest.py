@@ -79,7 +79,7 @@ def engine(tiny: Any) -> Iterator[Engine]:
         yield engine
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def reader() -> type[SimpleReader]:
     return SimpleReader
 
