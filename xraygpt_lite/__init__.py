@@ -9,6 +9,7 @@ Importing this package loads no native library, not even numpy; `load` does.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,10 @@ if TYPE_CHECKING:
     from xraygpt_lite.values import Box, Failure, Finding, GenerationOptions, Radiograph, Sampling, Summary
 
 __version__ = "0.1.0"
+
+# ONNX Runtime's wheels report to their maker from their import on, and keep an identifier of the device, unless this is
+# set before. Nothing here opens a network connection, whatever the environment says.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 __all__ = [
     "AnswerStream",
