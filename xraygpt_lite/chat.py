@@ -9,23 +9,18 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
-
-from xraygpt_lite import boxes, prompt
+from xraygpt_lite import boxes, prompt, scoring
 from xraygpt_lite.answer import AnswerReader, clean, reworded
 from xraygpt_lite.closing import Closing
-from xraygpt_lite.errors import ClosedError, UsageError
+from xraygpt_lite.errors import ClosedError
 from xraygpt_lite.llm.scheduler import Engine, Generation, Slot, Stream
 from xraygpt_lite.options import resolve, undrawn
 from xraygpt_lite.values import (
     OPTION_RANGES,
     Bundle,
     Finding,
-    FindingSpec,
     Float32,
     GenerationOptions,
-    Manifest,
     Placement,
     Radiograph,
     Sampling,
@@ -34,7 +29,6 @@ from xraygpt_lite.values import (
     Timings,
 )
 
-Float64 = npt.NDArray[np.float64]
 LARGEST_SEED = int(OPTION_RANGES["seed"][1])
 
 
@@ -229,9 +223,8 @@ class ChatSession(Closing):
         self.restart()
         results = []
         for question, choices in asked:
-            sums = self._sums(question, _choice_ids(self._engine, choices))
-            weights = np.exp(sums - sums.max())
-            results.append(dict(zip(choices, (weights / weights.sum()).tolist(), strict=True)))
+            sums = self._sums(question, scoring.choice_ids(choices, self._engine.tokenize))
+            results.append(dict(zip(choices, scoring.softmax(sums), strict=True)))
         self._keep_image()
         return results
 
@@ -243,7 +236,7 @@ class ChatSession(Closing):
         UsageError
             The bundle lists no findings.
         """
-        specs = listed_findings(self._manifest)
+        specs = scoring.listed(self._manifest)
         scores = self.score([(spec.question, (spec.yes, spec.no)) for spec in specs])
         return tuple(
             Finding(spec.name, score[spec.yes] >= 0.5, score[spec.yes])
@@ -301,16 +294,15 @@ class ChatSession(Closing):
         if self._slot.rows:
             self._slot.truncate(self._image_end)
 
-    def _sums(self, question: str, choices: list[list[int]]) -> Float64:
+    def _sums(self, question: str, choices: Sequence[Sequence[int]]) -> list[float]:
         """Summed log-probability of each choice as the answer to a first turn."""
         self._keep_image()
         segments = self._first(question)
         sums = []
         for choice in choices:
-            logs = _log_softmax(self._slot.trace(segments, choice).astype(np.float64))
-            sums.append(logs[np.arange(len(choice)), choice].sum())
+            sums.append(scoring.log_probability(self._slot.trace(segments, choice), choice))
             segments = []  # in the cache from here on
-        return np.asarray(sums)
+        return sums
 
     def _record(
         self, asked: prompt.Asked, sampling: Sampling, prompt_rows: int, raw: str, generation: Generation
@@ -368,35 +360,7 @@ def _length_warning(generation: Generation, sampling: Sampling) -> tuple[str, ..
     return (f"the answer was cut at max_tokens = {sampling.max_tokens}; it may be incomplete",)
 
 
-def listed_findings(manifest: Manifest) -> tuple[FindingSpec, ...]:
-    """The findings that may be scored.
-
-    Raises
-    ------
-    UsageError
-        The bundle lists none.
-    """
-    if not manifest.prompt.findings:
-        raise UsageError(f"bundle {manifest.name!r} lists no findings that may be scored")
-    return manifest.prompt.findings
-
-
 def _seed(seed: int, sha256: str, text: str, turn: int) -> int:
     """The sampler's seed: it depends on what is asked about what, and on no other answer or order."""
     digest = hashlib.sha256(f"{seed} {sha256} {turn} {text}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:4]) % (LARGEST_SEED + 1)
-
-
-def _choice_ids(engine: Engine, choices: Sequence[str]) -> list[list[int]]:
-    if len(choices) < 2 or len(set(choices)) != len(choices):
-        raise UsageError(f"score was given {len(choices)} choices; it needs two or more, all different")
-    ids = [engine.tokenize(choice, leading_space=False).tolist() for choice in choices]
-    if not all(ids):
-        raise UsageError("score was given an empty choice; every choice needs at least one character")
-    return ids
-
-
-def _log_softmax(logits: Float64) -> Float64:
-    shifted: Float64 = logits - logits.max(-1, keepdims=True)
-    logs: Float64 = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return logs

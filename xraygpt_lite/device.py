@@ -6,7 +6,7 @@ It is told what is there (ONNX Runtime's providers, whether llama.cpp was built 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -43,6 +43,7 @@ def plan(
     threads: int | None = None,
     context: int | None = None,
     sequences: int = 1,
+    sequences_reason: str = "",
 ) -> DevicePlan:
     """Decide what runs where.
 
@@ -60,6 +61,8 @@ def plan(
         Explicit values; None chooses: one thread a core, at most 2048 cells.
     sequences
         Conversations and answers that may be open at once; each has a KV cache of its own.
+    sequences_reason
+        Why so many, where somebody chose.
 
     Raises
     ------
@@ -89,6 +92,8 @@ def plan(
         _reason("language model", device, llama_gpu, "a GPU in llama.cpp"),
         f"{threads} threads were asked for" if threads else f"{cores()} threads: one for each core of this process",
     ]
+    if sequences_reason:
+        reasons.append(sequences_reason)
     use_vision, use_llama = device != "cpu" and vision_gpu, device != "cpu" and llama_gpu
     return DevicePlan(
         device="cuda" if use_vision or use_llama else "cpu",
@@ -99,6 +104,48 @@ def plan(
         sequences=sequences,
         reasons=tuple(reasons),
     )
+
+
+def parallel(step_seconds: Mapping[int, float], sequence_bytes: int, free_bytes: int) -> tuple[int, str]:
+    """How many answers to write at once, and why.
+
+    Parameters
+    ----------
+    step_seconds
+        Number of sequences → seconds of one decode call with a row of each.
+    sequence_bytes
+        KV cache of one sequence.
+    free_bytes
+        Memory that may be used.
+
+    Returns
+    -------
+    int, str
+        Of those that fit half of the memory, the smallest number that comes within 3 % of the highest rate.
+    """
+    fitting = {n: s for n, s in step_seconds.items() if n * sequence_bytes <= free_bytes / 2} or {1: step_seconds[1]}
+    rates = {n: n / seconds for n, seconds in sorted(fitting.items())}
+    best = max(rates.values())
+    chosen = next(n for n, rate in rates.items() if rate >= 0.97 * best)
+    told = ", ".join(f"{n}: {rate:.0f}" for n, rate in rates.items())
+    reason = f"{chosen} sequences: measured here, tokens a second by sequences: {told}"
+    left = sorted(set(step_seconds) - set(rates))
+    if left:
+        reason += f"; {', '.join(map(str, left))} would not fit {free_bytes / 1e9:.1f} GB of free memory"
+    return chosen, reason
+
+
+def free_memory() -> int:
+    """Bytes that this machine can still give, about; half of all where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30
 
 
 def _reason(what: str, device: str, there: bool, needed: str) -> str:

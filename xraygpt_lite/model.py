@@ -16,11 +16,11 @@ from dataclasses import replace
 import numpy as np
 
 from xraygpt_lite import device as devices
-from xraygpt_lite import prompt, vision
+from xraygpt_lite import prompt, scoring, vision
 from xraygpt_lite.answer import AnswerReader
 from xraygpt_lite.bundle import gguf_header, store
 from xraygpt_lite.cache import Cache
-from xraygpt_lite.chat import AnswerStream, ChatSession, Study, listed_findings
+from xraygpt_lite.chat import AnswerStream, ChatSession, Study
 from xraygpt_lite.closing import Closing
 from xraygpt_lite.errors import BundleError, ClosedError
 from xraygpt_lite.imaging.read import read
@@ -35,6 +35,7 @@ from xraygpt_lite.values import (
     Float32,
     GenerationOptions,
     ImageTokens,
+    Pixels,
     Radiograph,
     Sampling,
     Summary,
@@ -73,11 +74,16 @@ def load(
     DeviceError, MissingPackageError, NativeError
         What it needs to run is absent, or llama.cpp's build does not run on this machine.
     """
+    return open_bundle(checked(bundle), device=device, threads=threads, context=context, sequences=sequences)
+
+
+def checked(bundle: str | os.PathLike[str] | None) -> Bundle:
+    """Find a bundle and check its files, and once a machine this build of llama.cpp; raises as `load`."""
     cache = Cache(devices.cache_folder())
-    checked = store.load(store.find(os.fspath(bundle) if bundle is not None else None), cache)
+    found = store.load(store.find(os.fspath(bundle) if bundle is not None else None), cache)
     # Always the default bundle's: it is small, and no other may decide what is remembered of this build of llama.cpp.
     selftest.check(store.load(store.find(None), cache).llm, cache)
-    return open_bundle(checked, device=device, threads=threads, context=context, sequences=sequences)
+    return found
 
 
 def open_bundle(
@@ -87,10 +93,27 @@ def open_bundle(
     threads: int | None = None,
     context: int | None = None,
     sequences: int = 1,
+    sequences_reason: str = "",
     float32_cache: bool = False,
 ) -> XrayModel:
     """Open a bundle whose files were checked; raises as `load`. `float32_cache`: for parity with float32 references."""
-    plan = devices.plan(
+    chosen = plan(
+        bundle, device=device, threads=threads, context=context, sequences=sequences, sequences_reason=sequences_reason
+    )
+    return XrayModel(bundle, replace(chosen, float32_cache=float32_cache))
+
+
+def plan(
+    bundle: Bundle,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    context: int | None = None,
+    sequences: int = 1,
+    sequences_reason: str = "",
+) -> DevicePlan:
+    """Where and how a bundle would run; raises as `load`."""
+    return devices.plan(
         device,
         providers=vision.available_providers(),
         llama_gpu=native.supports_gpu(),
@@ -98,8 +121,8 @@ def open_bundle(
         threads=threads,
         context=context,
         sequences=sequences,
+        sequences_reason=sequences_reason,
     )
-    return XrayModel(bundle, replace(plan, float32_cache=float32_cache))
 
 
 class XrayModel(Closing):
@@ -222,7 +245,7 @@ class XrayModel(Closing):
         UsageError
             The bundle lists no findings.
         """
-        listed_findings(self.bundle.manifest)
+        scoring.listed(self.bundle.manifest)
         with self.chat(image) as chat:
             return chat.findings()
 
@@ -233,9 +256,25 @@ class XrayModel(Closing):
         radiograph = image if isinstance(image, Radiograph) else read(image)
         was_read = time.perf_counter()
         pixels = transform([radiograph], self.bundle.manifest.image)
+        return self.encode([radiograph], pixels, [was_read - began])[0]
+
+    @property
+    def usable(self) -> bool:
+        """False once it was closed, or the language model has stopped working."""
+        return not self._closed and self._engine.usable
+
+    @property
+    def encoder_batch(self) -> int:
+        """Most radiographs that `encode` takes."""
+        return self._encoder.batch
+
+    def encode(self, radiographs: Sequence[Radiograph], pixels: Pixels, read_s: Sequence[float]) -> list[Study]:
+        """Encode radiographs that were read and transformed before, in so many seconds each."""
+        began = time.perf_counter()
         tokens = self._encoder.encode(pixels)
-        timings = Timings(read=was_read - began, vision=time.perf_counter() - was_read)
-        return Study(radiograph, tokens.data[0], pixels.placements[0], timings)
+        each = (time.perf_counter() - began) / len(radiographs)
+        parts = zip(radiographs, tokens.data, pixels.placements, read_s, strict=True)
+        return [Study(radiograph, rows, place, Timings(read=s, vision=each)) for radiograph, rows, place, s in parts]
 
     def converse(self, study: Study, *, variant: str | None = None) -> ChatSession:
         """A conversation about a radiograph that was encoded before."""

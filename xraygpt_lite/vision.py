@@ -14,6 +14,7 @@ import numpy as np
 from xraygpt_lite.errors import BundleError, DeviceError, MissingPackageError, NativeError
 from xraygpt_lite.values import Bundle, DevicePlan, Float32, ImageTokens, Pixels
 
+BATCH = 8
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -68,6 +69,9 @@ class Encoder:
     ----------
     providers
         What the encoder's session really runs on, in order.
+    batch
+        Radiographs that may go through together without changing each other: one where activations are rounded to
+        int8 by the range of the whole batch.
 
     Raises
     ------
@@ -79,6 +83,7 @@ class Encoder:
 
     def __init__(self, bundle: Bundle, plan: DevicePlan) -> None:
         self._manifest = bundle.manifest
+        self.batch = 1 if bundle.manifest.weight_types["vision"] == "int8" else BATCH
         size, count, width = self._manifest.image.size, self._manifest.image_tokens, self._manifest.width
         self._encoder = _session(bundle.vision, plan)
         self._projector = _session(bundle.projector, plan)

@@ -22,12 +22,23 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`width` and `vocab`: columns and rows of the embedding table; `context_length`: tokens it was trained for."""
+    """What was read.
+
+    Attributes
+    ----------
+    width, vocab
+        Columns and rows of the embedding table.
+    context_length
+        Tokens that it was trained for.
+    cache_row
+        Bytes of one row of its KV cache at float16, keys and values of all layers; 0 where the file does not tell.
+    """
 
     architecture: str
     width: int
     vocab: int
     context_length: int
+    cache_row: int
 
 
 def read(path: Path) -> GgufHeader:
@@ -73,7 +84,12 @@ def _header(facts: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> GgufHe
     vocab = _positive(facts, "tokenizer.ggml.tokens")  # an array is kept as its length
     if (table := shapes.get("token_embd.weight")) != (width, vocab):
         raise ValueError(f"token_embd.weight has the shape {table}, but the header promises ({width}, {vocab})")
-    return GgufHeader(architecture, width, vocab, _positive(facts, f"{architecture}.context_length"))
+    layers, heads, key_heads = (
+        facts.get(f"{architecture}.{key}") for key in ("block_count", "attention.head_count", "attention.head_count_kv")
+    )
+    known = all(isinstance(value, int) and 0 < value < _MAX_ITEMS for value in (layers, heads))
+    cache_row = 4 * layers * width * (key_heads or heads) // heads if known else 0
+    return GgufHeader(architecture, width, vocab, _positive(facts, f"{architecture}.context_length"), cache_row)
 
 
 def _positive(facts: dict[str, Any], key: str) -> int:

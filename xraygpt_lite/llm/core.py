@@ -50,6 +50,11 @@ class Core:
 
     # Called from any thread.
 
+    @property
+    def usable(self) -> bool:
+        """Whether requests are taken."""
+        return self._broken is None and not self.closed
+
     def take_sequence(self) -> Held:
         """Wait for a free sequence and take it."""
         me = threading.get_ident()

@@ -41,6 +41,8 @@ class Model:
         The GGUF file; only files whose hash was checked should come here.
     gpu_layers
         Layers to offload; -1 = all.
+    vocabulary_only
+        Load no weights: for `tokenize` and `piece` alone.
 
     Raises
     ------
@@ -50,7 +52,7 @@ class Model:
         Layers are to be offloaded and this build of llama.cpp cannot.
     """
 
-    def __init__(self, path: Path, gpu_layers: int = 0) -> None:
+    def __init__(self, path: Path, gpu_layers: int = 0, *, vocabulary_only: bool = False) -> None:
         self._lib = library()
         self._pointer: Any = None
         self._contexts = 0
@@ -61,7 +63,7 @@ class Model:
                 "or reinstall llama-cpp-python with CUDA"
             )
         mark = log.mark()
-        params = self._parameters(gpu_layers)
+        params = self._parameters(gpu_layers, vocabulary_only)
         self._pointer = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._pointer:
             raise BundleError(f"llama.cpp cannot load {path.name}{log.reason(mark)}; make the bundle anew")
@@ -77,14 +79,16 @@ class Model:
         self.eos = int(self._lib.llama_vocab_eos(self._vocabulary))
         self._pieces: dict[int, bytes] = {}
 
-    def _parameters(self, gpu_layers: int) -> Any:
+    def _parameters(self, gpu_layers: int, vocabulary_only: bool) -> Any:
         # Switched off in the vocabulary, so that llama.cpp never adds a space and `tokenize` alone decides.
         overrides = (self._lib.llama_model_kv_override * 2)()
         set_fields(overrides[0], tag=_BOOL_OVERRIDE, key=b"tokenizer.ggml.add_space_prefix")
         overrides[0].value.val_bool = False
         self._overrides = overrides
         params = self._lib.llama_model_default_params()
-        set_fields(params, n_gpu_layers=gpu_layers, load_mode=LOAD_READ, kv_overrides=overrides)
+        set_fields(
+            params, n_gpu_layers=gpu_layers, load_mode=LOAD_READ, kv_overrides=overrides, vocab_only=vocabulary_only
+        )
         return params
 
     @property

@@ -63,6 +63,11 @@ class Engine(Closing):
         # Also runs when the engine is forgotten, and when the interpreter exits.
         self._finalizer = weakref.finalize(self, self._core.stop)
 
+    @property
+    def usable(self) -> bool:
+        """False once it was closed or has stopped working."""
+        return self._core.usable
+
     def tokenize(self, text: str, *, leading_space: bool) -> Int32:
         """Turn text into token ids (n,), without BOS; control tokens written in it stay plain characters.
 

@@ -21,7 +21,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_reads_a_real_file(good: Path) -> None:
-    assert gguf_header.read(good) == gguf_header.GgufHeader("llama", tiny_bundle.WIDTH, tiny_bundle.VOCAB, 512)
+    assert gguf_header.read(good) == gguf_header.GgufHeader(
+        "llama", tiny_bundle.WIDTH, tiny_bundle.VOCAB, 512, 4 * tiny_bundle.LAYERS * tiny_bundle.WIDTH
+    )
 
 
 @pytest.mark.parametrize(
