@@ -30,10 +30,11 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("__init__",),  # the public names
     ("model",),  # the main path
     ("chat",),
-    ("vision", "llm", "imaging", "prompt", "answer", "options"),
+    ("vision", "llm", "imaging", "prompt", "answer", "options", "scoring"),
     ("bundle", "boxes"),
     ("device", "cache"),
     ("examples", "models"),  # data: synthetic radiographs; the default bundle, templates and cards
+    ("records",),
     ("values", "errors", "closing"),
 )
 
@@ -48,8 +49,9 @@ ONLY: dict[str, set[str]] = {
     "llm": {"cache", "values", "errors", "closing"},  # the same; the cache keeps the self-test's verdict
     "imaging": {"values", "errors"},
     "boxes": {"values", "errors"},
-    "chat": {"llm", "prompt", "answer", "boxes", "options", "values", "errors", "closing"},
-    "report": {"values", "errors"},  # renders finished records
+    "chat": {"llm", "prompt", "answer", "boxes", "options", "scoring", "values", "errors", "closing"},
+    "records": {"values", "errors"},
+    "report": {"values", "errors", "records"},  # renders finished records
 }
 
 # Nothing imports these but what is named, and that inside a function: their packages are optional.
@@ -62,8 +64,11 @@ FOREIGN: dict[str, set[str]] = {
     "onnxruntime.transformers": {"converters/"},  # its float16 graphs
     "llama_cpp": {"llm/"},
     "pydicom": {"imaging/dicom.py"},
-    "PIL": {"imaging/", "report/overlay.py"},
+    "PIL": {"imaging/", "report/overlay.py", "report/thumbnail.py"},
     "click": {"cli/"},
+    "rich": {"cli/"},
+    "filelock": {"batch/", "converters/"},
+    "watchdog": {"batch/watch.py"},
     "platformdirs": {"device.py", "bundle/store.py"},
     "torch": {"converters/"},
     "transformers": {"converters/"},
@@ -126,10 +131,15 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("llm/selftest.py", "sys.argv"): CHILD,
     ("llm/selftest.py", "sys.exit"): CHILD,
     ("llm/selftest.py", "sys.stderr"): CHILD,
+    ("__init__.py", "os.environ"): "switches a library's reports to its maker off before anybody can import it",
+    ("batch/workers.py", "os.environ"): "hands the environment on to its processes, with one thread for each library",
 }
 
 # Never loaded by `import xraygpt_lite` or by `--help`.
-HEAVY = ("onnxruntime", "llama_cpp", "torch", "transformers", "pydicom", "PIL", "gguf", "onnx", "sentencepiece")
+HEAVY = (
+    "onnxruntime", "llama_cpp", "torch", "transformers", "pydicom", "PIL", "gguf", "onnx", "sentencepiece", "rich",
+    "watchdog", "filelock",
+)  # fmt: skip
 
 MOST_LINES = 400  # the guide is 250
 LONGER: dict[str, str] = {"values.py": "a catalogue: one record after another, most of it their documentation"}
@@ -205,7 +215,7 @@ def names_used(module: Module) -> Iterator[tuple[str, int]]:
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             yield f"{node.value.id}.{node.attr}", node.lineno
-        elif isinstance(node, ast.Name):
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             yield renamed.get(node.id, node.id), node.lineno
 
 

@@ -28,6 +28,9 @@ COMPLETE_VAR = "_XRAYGPT_LITE_COMPLETE"
 # name → what it does, in one line; the file xraygpt_lite/cli/<name>.py has it as `command`
 COMMANDS = {
     "summarize": "Describe chest radiographs in words.",
+    "batch": "Summarize files and folders of radiographs, several at once.",
+    "report": "Show the results of a batch run as a page, a table or text.",
+    "merge": "Join the journals of several batch runs.",
     "chat": "Ask questions about one radiograph in the terminal.",
     "verify": "Check a bundle's files and what it answers.",
     "doctor": "Show what runs here, and whether it runs.",

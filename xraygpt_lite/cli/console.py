@@ -107,7 +107,11 @@ class OutputFile:
         return self._path == other._path
 
     def write(self, data: bytes) -> None:
-        """Put `data` in the file's place, whole.
+        """Put `data` in the file's place, whole; raises as `write_all`."""
+        self.write_all([data])
+
+    def write_all(self, pieces: Iterable[bytes]) -> None:
+        """As `write`, with pieces that are made while they are written.
 
         Raises
         ------
@@ -116,7 +120,7 @@ class OutputFile:
         """
         try:
             with open(self._draft, "xb") as draft:
-                draft.write(data)
+                draft.writelines(pieces)
                 draft.flush()
                 os.fsync(draft.fileno())
             os.replace(self._draft, self._path)

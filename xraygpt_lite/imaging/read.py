@@ -60,11 +60,14 @@ def read(source: str | os.PathLike[str] | bytes | npt.NDArray[np.generic]) -> Ra
     if isinstance(source, bytes | bytearray | memoryview):
         name, data = "bytes", bytes(source)
     elif isinstance(source, str | os.PathLike):
-        name = os.fspath(source)
-        data = _load(Path(name), name)
+        name, data = os.fspath(source), load(source)
     else:
         raise ImageError(f"a {type(source).__name__} is no image; expected a path, bytes or a numpy array.")
-    sha256 = hashlib.sha256(data).hexdigest()
+    return decode(data, name, hashlib.sha256(data).hexdigest())
+
+
+def decode(data: bytes, name: str, sha256: str) -> Radiograph:
+    """`read` behind a file's bytes, for a caller that has loaded and hashed them."""
     uid = None
     if is_dicom(data):
         from xraygpt_lite.imaging import dicom  # pydicom is loaded only for a DICOM file
@@ -88,7 +91,9 @@ def is_dicom(data: bytes) -> bool:
     return len(data) >= 16 and data.startswith(_BARE_DICOM) and (data[4:6].isalpha() or data[6:8] == b"\0\0")
 
 
-def _load(path: Path, name: str) -> bytes:
+def load(source: str | os.PathLike[str]) -> bytes:
+    """The bytes of a regular file of at most `MAX_BYTES`; raises as `read`."""
+    path, name = Path(source), os.fspath(source)
     if "\0" in name:
         raise ImageError("the path holds a NUL character; give a path to a file.")
     try:

@@ -1,0 +1,210 @@
+"""Batches against one by one, and against what the machine could do: ratios in one run, medians of several.
+
+    python -m benchmarks.batch [--bundle B] [--images FOLDER|ZIP] [--count N] [--tokens N] [--repeats N] [--json]
+
+Three ways over the same radiographs, in turn: `summarize` one by one in one process, a batch into a journal, and the
+bound: the encoder alone over whole batches of pixels that were read before, then a bare loop of `llama_decode` that is
+given as many rows in as many calls as the batch needed. `--table` runs batches of 1 to 16 sequences instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xraygpt_lite import model as models
+from xraygpt_lite import prompt
+from xraygpt_lite.batch import sizing
+from xraygpt_lite.batch.inputs import Input, find
+from xraygpt_lite.batch.pipeline import Ask
+from xraygpt_lite.batch.runner import Run
+from xraygpt_lite.imaging.read import read
+from xraygpt_lite.imaging.transform import transform
+from xraygpt_lite.llm.native import Batch, Context, Model
+from xraygpt_lite.model import XrayModel
+from xraygpt_lite.values import Bundle, GenerationOptions, Summary
+from xraygpt_lite.vision import Encoder
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "nih-chestxray14" / "nih128.zip"
+TABLE = (1, 2, 4, 8, 16)
+
+
+@contextmanager
+def radiographs(source: Path, count: int) -> Iterator[list[Input]]:
+    """The first `count` files of a folder, or of a ZIP that is unpacked for the time being."""
+    with tempfile.TemporaryDirectory() as folder:
+        if source.is_file():
+            with zipfile.ZipFile(source) as archive:
+                names = sorted(name for name in archive.namelist() if not name.endswith("/"))[:count]
+                archive.extractall(folder, names)
+            source = Path(folder)
+        yield find([source], limit=count)
+
+
+def one_by_one(model: XrayModel, inputs: Sequence[Input], options: GenerationOptions) -> tuple[float, list[Summary]]:
+    """Seconds of `summarize` over all, and what it said."""
+    began = time.perf_counter()
+    said = [model.summarize(one.path, options=options) for one in inputs]
+    return time.perf_counter() - began, said
+
+
+def together(bundle: Path, inputs: Sequence[Input], options: GenerationOptions, parallel: int | None) -> dict[str, Any]:
+    """A batch from its first record's preparation to the journal's last flush; the model is loaded before."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Run(
+            inputs, Ask(options=options), output=Path(folder) / "out.jsonl", count=len(inputs), bundle=bundle,
+            parallel=parallel,
+        ) as run,
+    ):  # fmt: skip
+        began = time.perf_counter()
+        records = list(run)
+        seconds = time.perf_counter() - began
+        sequences = run.model.plan.sequences
+    assert all(isinstance(record, Summary) for record in records)
+    return {"seconds": seconds, "sequences": sequences, "records": records}
+
+
+def bare(bundle: Bundle, inputs: Sequence[Input], said: Sequence[Summary], sequences: int) -> tuple[float, float]:
+    """Seconds of the bare encoder and of the bare decode loop for the same work.
+
+    Prompts go in as the batch puts them: the opening once, images and questions of all sequences in common calls. Each
+    sequence then takes as many steps as its answer has tokens, and the next radiograph's prompt follows.
+    """
+    spec = bundle.manifest.image
+    pixels = transform([read(one.path) for one in inputs], spec)
+    plan = models.plan(bundle, sequences=sequences)
+    encoder = Encoder(bundle, plan)
+    began = time.perf_counter()
+    for start in range(0, len(inputs), encoder.batch):
+        encoder.encode(replace(pixels, data=pixels.data[start : start + encoder.batch]))
+    encoding = time.perf_counter() - began
+    encoder.close()
+    longest = max(summary.answer_tokens for summary in said)
+    model = Model(bundle.llm, plan.gpu_layers)
+    rows = np.zeros((bundle.manifest.image_tokens, bundle.manifest.width), np.float32)
+    _, wording = prompt.variant_of(bundle.manifest.prompt, None)
+    opening, image, question = map(len, prompt.build(wording, said[0].question, rows, model.tokenize))
+    context = Context(model, plan, opening + image + question + longest)
+    batch = Batch(context.batch)
+    decoding, left = 0.0, list(said)
+    while left:
+        group, left = left[:sequences], left[sequences:]
+        ids = np.arange(len(group))
+        for one in range(sequences):
+            context.cut(one, 0)
+        began = time.perf_counter()
+        each = max(1, context.batch // max(image, question))
+        for part in np.array_split(ids, -(-len(ids) // each)):
+            places = opening + np.tile(np.arange(image), len(part))
+            batch.put(np.tile(rows, (len(part), 1)), places, np.repeat(part, image), False)
+            context.decode(batch)
+            last = np.tile(np.arange(question) == question - 1, len(part))
+            places = opening + image + np.tile(np.arange(question), len(part))
+            batch.put(np.ones(len(places), np.int32), places, np.repeat(part, question), last)
+            context.decode(batch)
+        # Evenly long: as many calls as the tokens of the group fill, so that no place is ever empty.
+        for step in range(round(sum(summary.answer_tokens for summary in group) / len(group))):
+            batch.put(np.ones(len(ids), np.int32), opening + image + question + step, ids, True)
+            context.decode(batch)
+            context.logits(0)
+        decoding += time.perf_counter() - began
+    context.close()
+    model.close()
+    return encoding, decoding
+
+
+def compare(
+    bundle: Bundle, inputs: Sequence[Input], options: GenerationOptions, repeats: int, parallel: int | None
+) -> dict[str, Any]:
+    """Medians over the repeats, and the ratios."""
+    alone, batched, bound, rounds = [], [], [], []
+    sequences = parallel or sizing.sequences(bundle, models.plan(bundle))[0]
+    for _ in range(repeats):
+        with models.open_bundle(bundle) as model:
+            model.summarize(inputs[0].path, options=options)
+            seconds, said = one_by_one(model, inputs, options)
+        alone.append(seconds)
+        run = together(bundle.folder, inputs, options, sequences)
+        batched.append(run["seconds"])
+        by_name = {record.source: record.raw_text for record in run["records"]}
+        assert all(by_name[str(one.path)] == summary.raw_text for one, summary in zip(inputs, said, strict=True))
+        bound.append(bare(bundle, inputs, said, sequences))
+        rounds.append((alone[-1] / batched[-1], sum(bound[-1]) / batched[-1]))
+        print(
+            f"one by one {alone[-1]:.1f} s, batch {batched[-1]:.1f} s, bound {bound[-1][0]:.1f} + {bound[-1][1]:.1f} s",
+            file=sys.stderr,
+        )
+    return {
+        "images": len(inputs),
+        "sequences": sequences,
+        "one_by_one_images_per_s": len(inputs) / statistics.median(alone),
+        "batch_images_per_s": len(inputs) / statistics.median(batched),
+        "bound_images_per_s": len(inputs) / statistics.median([sum(each) for each in bound]),
+        "batch_vs_one_by_one": statistics.median([each[0] for each in rounds]),
+        "batch_vs_bound": statistics.median([each[1] for each in rounds]),
+        "answer_tokens": sum(summary.answer_tokens for summary in said),
+        "texts_identical": True,
+    }
+
+
+def row(arguments: Sequence[str]) -> dict[str, Any]:
+    """Images a minute and peak memory of one batch in a process of its own."""
+    child = subprocess.Popen([sys.executable, "-m", "benchmarks.batch", "--one", *arguments], stdout=subprocess.PIPE)
+    assert child.stdout
+    output = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        sys.exit(f"a batch ended with {os.waitstatus_to_exitcode(status)}")
+    figures: dict[str, Any] = json.loads(output)
+    return figures | {"peak_mb": usage.ru_maxrss / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", help="name or folder; default: the shipped one")
+    parser.add_argument("--images", type=Path, default=DATA, help="a folder, or a ZIP")
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--tokens", type=int, help="answers of exactly so many tokens; default: as they come")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parallel", type=int, help="sequences; default: measured")
+    parser.add_argument("--table", action="store_true", help="images a minute and memory for 1 to 16 sequences")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    given = parser.parse_args()
+    options = GenerationOptions(max_tokens=given.tokens, min_tokens=given.tokens)
+    if given.table:
+        shared = [part for part in sys.argv[1:] if part not in ("--table", "--json")]
+        figures: Any = {count: row([*shared, "--parallel", str(count)]) for count in TABLE}
+        for count, each in figures.items():
+            print(f"{count:2} sequences  {each['images_per_minute']:8.1f} images/min  {each['peak_mb']:8.0f} MB")
+    else:
+        bundle = models.checked(given.bundle)
+        with radiographs(given.images, given.count) as inputs:
+            if given.one:
+                run = together(bundle.folder, inputs, options, given.parallel)
+                print(json.dumps({"images_per_minute": 60 * len(inputs) / run["seconds"]}))
+                return
+            figures = compare(bundle, inputs, options, given.repeats, given.parallel)
+        for name, value in figures.items():
+            print(f"{name:26} {value:.3f}" if isinstance(value, float) else f"{name:26} {value}")
+    if given.json:
+        print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

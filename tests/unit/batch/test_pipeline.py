@@ -1,0 +1,177 @@
+"""Many radiographs at once are answered as each alone, with real processes, graphs and weights of every type."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_bundle
+import tiny_llama
+from PIL import Image
+
+from xraygpt_lite import model as models
+from xraygpt_lite.batch.inputs import Input, find
+from xraygpt_lite.batch.pipeline import Ask, Job, Pipeline
+from xraygpt_lite.batch.workers import Pool
+from xraygpt_lite.bundle import store
+from xraygpt_lite.cache import Cache
+from xraygpt_lite.errors import NativeError
+from xraygpt_lite.llm.quantize import quantize
+from xraygpt_lite.model import XrayModel
+from xraygpt_lite.values import Bundle, Failure, GenerationOptions, Summary
+
+COUNT = 14
+OPTIONS = GenerationOptions(max_tokens=20)
+QUESTIONS = ("Is the heart enlarged?", "What is seen?")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Radiographs made of noise, and one file that is none."""
+    made = tmp_path_factory.mktemp("radiographs")
+    rng = np.random.default_rng(3)
+    for number in range(COUNT):
+        pixels = rng.integers(0, 256, (40 + number, 48), dtype=np.uint8)
+        Image.fromarray(pixels).save(made / f"{number}.png")
+    (made / "none.png").write_bytes(b"none")
+    return made
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """Bundles that differ in the language model's weight type; 256 wide, so that every type can be had."""
+    made = tmp_path_factory.mktemp("types")
+    full = tiny_llama.make(made, width=256).gguf
+    found = {}
+    for kind in ("f32", "q4_0", "q4_k_m", "q8_0"):
+        path = tiny_bundle.make(made / kind, width=256)
+        if kind == "f32":
+            shutil.copyfile(full, path / "llm.gguf")
+        else:
+            quantize(full, path / "llm.gguf", kind)
+        tiny_bundle.seal(path, replace(tiny_bundle.plain_manifest("tiny"), width=256))
+        found[kind] = store.load(path, Cache(None))
+    return found
+
+
+def opened(bundle: Bundle, sequences: int) -> XrayModel:
+    exact = bundle.folder.name == "f32"
+    return models.open_bundle(bundle, threads=2, context=256, sequences=sequences, float32_cache=exact)
+
+
+def answered(model: XrayModel, ask: Ask, inputs: Sequence[Input], timeout: float = 60) -> dict[str, list[Summary]]:
+    """Texts and tokens by name, from a pipeline; closes the model."""
+    asked = [model.check(question) for question in ask.questions]
+    with Pool(model.bundle.manifest.image, 2, 60) as pool, Pipeline(model, ask, pool, timeout) as pipeline:
+        jobs = [job for job in pipeline.run(Job(one, asked) for one in inputs) if job is not None]
+    assert len({job.input.name for job in jobs}) == len(jobs) == len(inputs)
+    return {job.input.name: job.records for job in jobs}  # type: ignore[misc]  # failures are told apart where there are any
+
+
+def said(summary: Summary) -> tuple[object, ...]:
+    return summary.question, summary.raw_text, summary.prompt_tokens, summary.answer_tokens, summary.sha256
+
+
+@pytest.fixture(scope="module")
+def alone(bundles: dict[str, Bundle], folder: Path) -> Iterator[dict[str, dict[str, list[tuple[object, ...]]]]]:
+    """What `summarize` says of each file, by weight type and name."""
+    found = {}
+    for kind, bundle in bundles.items():
+        with opened(bundle, 1) as model:
+            found[kind] = {
+                path.name: [said(model.summarize(path, question, OPTIONS)) for question in QUESTIONS]
+                for path in sorted(folder.glob("?*.png"))
+                if path.stem.isdigit()
+            }
+        texts = {answers[0][1] for answers in found[kind].values()}
+        assert len(texts) > COUNT / 2  # or equality would say nothing
+    return found
+
+
+@pytest.mark.parametrize("kind", ["f32", "q4_0", "q4_k_m", "q8_0"])
+@pytest.mark.parametrize("sequences", [1, 3, 8])
+def test_together_equals_alone(
+    bundles: dict[str, Bundle], alone: dict[str, dict[str, list[object]]], folder: Path, kind: str, sequences: int
+) -> None:
+    inputs = find([folder], exclude=["none*"])
+    random.Random(sequences).shuffle(inputs)
+    together = answered(opened(bundles[kind], sequences), Ask(QUESTIONS, options=OPTIONS), inputs)
+    assert {name: [said(record) for record in records] for name, records in together.items()} == alone[kind]
+
+
+def test_drawn_answers_do_not_depend_on_order(bundles: dict[str, Bundle], folder: Path) -> None:
+    inputs = find([folder], exclude=["none*"])
+    drawn = Ask(QUESTIONS, options=GenerationOptions(max_tokens=20, temperature=1.0, seed=5))
+    first = answered(opened(bundles["q8_0"], 4), drawn, inputs)
+    second = answered(opened(bundles["q8_0"], 3), drawn, inputs[::-1])
+    assert {n: [said(r) for r in records] for n, records in first.items()} == {
+        n: [said(r) for r in records] for n, records in second.items()
+    }
+    with opened(bundles["q8_0"], 1) as model:
+        single = model.summarize(inputs[0].path, QUESTIONS[0], drawn.options)
+    assert said(single) == said(first[inputs[0].name][0])
+
+
+def test_no_state_leaks(bundles: dict[str, Bundle], folder: Path) -> None:
+    """A, B, A: the second A is as the first."""
+    a, b = folder / "0.png", folder / "1.png"
+    inputs = [Input(f"{number}", path) for number, path in enumerate((a, b, a))]
+    found = answered(opened(bundles["q4_0"], 1), Ask(options=OPTIONS), inputs)
+    assert said(found["0"][0])[1:] == said(found["2"][0])[1:] != said(found["1"][0])[1:]
+
+
+def test_one_bad_file_is_one_failure(bundles: dict[str, Bundle], folder: Path) -> None:
+    found = answered(opened(bundles["q8_0"], 2), Ask(QUESTIONS, options=OPTIONS), find([folder]))
+    bad = found.pop("none.png")
+    assert [(one.question, one.stage, one.error) for one in bad] == [(q, "read", "ImageError") for q in QUESTIONS]  # type: ignore[attr-defined]
+    assert all(isinstance(record, Summary) for records in found.values() for record in records)
+
+
+def test_an_answer_that_takes_too_long_is_one_failure(bundles: dict[str, Bundle], folder: Path) -> None:
+    patient = Ask(options=GenerationOptions(max_tokens=200, min_tokens=200))
+    found = answered(opened(bundles["q8_0"], 2), patient, find([folder], limit=4), timeout=0)
+    late = [one for records in found.values() for one in records if isinstance(one, Failure)]
+    assert late
+    assert {(one.stage, one.error) for one in late} == {("generate", "Timeout")}
+    assert "longer than 0 s" in late[0].message
+
+
+def test_a_model_that_stopped_working_ends_the_run(
+    bundles: dict[str, Bundle], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one failure for every file of the archive."""
+    model = opened(bundles["q8_0"], 2)
+
+    def broken() -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(model._engine._core, "_step", broken)
+    with pytest.raises(NativeError, match="stopped working"):
+        answered(model, Ask(options=OPTIONS), find([folder]))
+
+
+def test_files_are_pulled_as_needed(bundles: dict[str, Bundle], folder: Path) -> None:
+    """Memory does not grow with the number of files: what waits anywhere is bounded."""
+    model, asked = opened(bundles["q8_0"], 2), []
+    pulled = 0
+
+    def jobs() -> Iterator[Job]:
+        nonlocal pulled
+        for number in range(120):
+            pulled += 1
+            yield Job(Input(str(number), folder / f"{number % COUNT}.png"), asked)
+
+    ask = Ask(options=GenerationOptions(max_tokens=4))
+    asked = [model.check()]
+    most = done = 0
+    with Pool(model.bundle.manifest.image, 1, 60) as pool, Pipeline(model, ask, pool, 60) as pipeline:
+        for job in pipeline.run(jobs()):
+            done += job is not None
+            most = max(most, pulled - done)
+    assert done == 120
+    assert most < 40

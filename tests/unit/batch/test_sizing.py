@@ -1,0 +1,75 @@
+"""How long sequences must be, and how many are worth having."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from xraygpt_lite import device
+from xraygpt_lite import model as models
+from xraygpt_lite.batch import sizing
+from xraygpt_lite.bundle import gguf_header, store
+from xraygpt_lite.cache import Cache
+from xraygpt_lite.llm import rates
+from xraygpt_lite.prompt import Asked
+from xraygpt_lite.values import Bundle, GenerationOptions
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "synthetic-normal.png"
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def bundle(made_bundle: Path) -> Bundle:
+    return store.load(made_bundle, Cache(None))
+
+
+@pytest.mark.parametrize(
+    "question", ["Short?", "What is to be seen in the lungs, the pleura, and about the heart?" * 3]
+)
+def test_rows_are_what_a_first_turn_takes(bundle: Bundle, question: str) -> None:
+    asked = [Asked("Is it?"), Asked(question)]
+    rows = sizing.rows(bundle, asked, None, 9, findings=False)
+    with models.open_bundle(bundle, threads=1, context=rows) as model:
+        exact = model.summarize(EXAMPLE, question, GenerationOptions(max_tokens=9))
+    assert exact.prompt_tokens + exact.image_tokens + 9 == rows
+
+
+def test_findings_need_room_too(bundle: Bundle) -> None:
+    longest = max(len(one.question) for one in bundle.manifest.prompt.findings)
+    short = [Asked("?")]
+    assert longest > 1
+    assert sizing.rows(bundle, short, None, 1, findings=True) > sizing.rows(bundle, short, None, 1, findings=False)
+
+
+def test_steps_are_measured(bundle: Bundle) -> None:
+    seconds = rates.step_seconds(bundle.llm, models.plan(bundle, threads=1), (1, 4))
+    assert set(seconds) == {1, 4}
+    assert min(seconds.values()) > 0
+
+
+def test_it_is_measured_once(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XRAYGPT_LITE_CACHE", str(tmp_path))
+    plan = models.plan(bundle, threads=1)
+    first = sizing.sequences(bundle, plan)
+    assert f"{first[0]} sequences: measured here" in first[1]
+    monkeypatch.setattr(rates, "step_seconds", None)  # would fail if it were called
+    assert sizing.sequences(bundle, plan)[0] == first[0]
+
+
+def test_the_fewest_of_the_fastest_are_chosen() -> None:
+    assert device.parallel({1: 1.0, 2: 1.9, 4: 2.0, 8: 2.0, 16: 3.95}, 0, GB)[0] == 8  # 16 would be 1 % faster
+    assert device.parallel({1: 1.0, 2: 2.5, 4: 5.0}, 0, GB)[0] == 1
+
+
+def test_memory_bounds_the_number_and_the_reason_says_so() -> None:
+    seconds = {1: 1.0, 2: 1.1, 4: 1.2}
+    chosen, reason = device.parallel(seconds, GB, 4 * GB + 1)
+    assert chosen == 2
+    assert "4 would not fit 4.0 GB" in reason
+    assert device.parallel(seconds, GB, 0)[0] == 1
+
+
+def test_a_row_of_the_cache_is_known_from_the_file(bundle: Bundle) -> None:
+    assert gguf_header.read(bundle.llm).cache_row == 4 * 2 * 32
+    assert device.free_memory() > 0

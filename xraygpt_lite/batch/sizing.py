@@ -1,0 +1,59 @@
+"""How long the sequences of a batch must be, and how many are worth having here.
+
+Knows the bundle's wording and its tokenizer, and what was measured on this machine before; opens no context of its own
+but to measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from xraygpt_lite import device, prompt
+from xraygpt_lite.bundle import gguf_header
+from xraygpt_lite.cache import Cache
+from xraygpt_lite.llm import native, rates, selftest
+from xraygpt_lite.values import Bundle, DevicePlan
+
+CANDIDATES = (1, 2, 4, 8, 16)
+_KIND = "rates"
+_BOX = 48  # rows that a box's markup may take, at least
+_CHOICE = 8  # rows of an answer that is scored
+
+
+def rows(bundle: Bundle, asked: Sequence[prompt.Asked], variant: str | None, answer: int, *, findings: bool) -> int:
+    """Rows of the longest first turn: prompt, image and an answer of so many tokens.
+
+    Raises
+    ------
+    UsageError
+        The bundle has no such wording.
+    """
+    manifest = bundle.manifest
+    _, wording = prompt.variant_of(manifest.prompt, variant)
+    image = np.zeros((manifest.image_tokens, manifest.width), np.float32)
+    model = native.Model(bundle.llm, vocabulary_only=True)
+    try:
+        texts = [(prompt.wording(manifest.prompt, one, ""), answer + (_BOX if one.box else 0)) for one in asked]
+        texts += [(finding.question, _CHOICE) for finding in manifest.prompt.findings if findings]
+        return max(sum(map(len, prompt.build(wording, text, image, model.tokenize))) + beside for text, beside in texts)
+    finally:
+        model.close()
+
+
+def sequences(bundle: Bundle, plan: DevicePlan) -> tuple[int, str]:
+    """How many radiographs to answer for at once with this plan, and why.
+
+    It is measured once for a bundle, build, CPU and number of threads, and remembered; memory is looked at every time.
+    """
+    cache = Cache(device.cache_folder())
+    key = f"{bundle.id} {native.build_id()} {selftest.cpu_id()} {plan.threads} {plan.gpu_layers}"
+    known = cache.get(_KIND, key)
+    row = gguf_header.read(bundle.llm).cache_row
+    room = device.free_memory() - bundle.llm.stat().st_size
+    if not (isinstance(known, list) and len(known) == len(CANDIDATES) and all(isinstance(s, float) for s in known)):
+        measured = rates.step_seconds(bundle.llm, plan, CANDIDATES)
+        known = [measured[count] for count in CANDIDATES]
+        cache.put(_KIND, key, known)
+    return device.parallel(dict(zip(CANDIDATES, known, strict=True)), row * plan.context, room)
