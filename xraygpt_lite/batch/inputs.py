@@ -162,7 +162,7 @@ def _candidates(given: Sequence[str], stdin: Iterable[str] | None) -> Iterator[_
     if not given:
         raise UsageError("no input was given; name files, folders, patterns or lists, or - for paths on standard input")
     kinds = [_kind(text) for text in given]  # all, before any folder is walked: a slip should show at once
-    labels = _labels(text for text, kind in zip(given, kinds, strict=True) if kind == "folder")
+    labels = folder_labels(text for text, kind in zip(given, kinds, strict=True) if kind == "folder")
     for text, kind in zip(given, kinds, strict=True):
         if kind == "folder":
             real = os.path.realpath(text)
@@ -193,7 +193,7 @@ def _kind(text: str) -> str:
     raise UsageError(f"{text or repr(text)}: there is no such file or folder. Check the path.")
 
 
-def _labels(folders: Iterable[str]) -> dict[str, str]:
+def folder_labels(folders: Iterable[str]) -> dict[str, str]:
     """What the names of each folder's files begin with, by the folder's real path, in the order given."""
     labels: dict[str, str] = {}
     times: Counter[str] = Counter()
@@ -261,7 +261,7 @@ def _list(folder: str, part: str) -> tuple[list[os.DirEntry[str]], list[os.DirEn
         folders = [entry for entry in entries if entry.is_dir(follow_symlinks=False)]
         return [entry for entry in entries if _may_be_image(entry.name) and _is_file(entry)], folders
     except OSError as error:
-        raise _unreadable(folder, error) from None
+        raise unreadable(folder, error) from None
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -278,7 +278,7 @@ def _listed(path: str) -> Iterator[_Candidate]:
             rows = _column(file, path) if path.lower().endswith(".csv") else _lines(file, comments=True)
             yield from _named(rows, path, os.path.dirname(path))
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def _named(rows: Iterable[tuple[int, str]], source: str, folder: str) -> Iterator[_Candidate]:
@@ -377,10 +377,10 @@ def _mode(path: str) -> int:
     except OSError as error:
         if error.errno in _ABSENT:
             return 0
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def _unreadable(path: str, error: OSError) -> XrayError:
+def unreadable(path: str, error: OSError) -> XrayError:
     return XrayError(f"{path}: cannot be read ({error.strerror}). Check it and its permissions, or leave it out.")
 
 

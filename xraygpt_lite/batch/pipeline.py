@@ -104,7 +104,7 @@ class Pipeline(Closing):
         begin: Callable[[Job, str], object] = lambda _, __: None,
     ) -> None:
         self._model, self._ask, self._pool, self._timeout, self._begin = model, ask, pool, timeout, begin
-        self._jobs: dict[str, Job] = {}
+        self._jobs: dict[int, Job] = {}  # by their input's identity: a file that has changed may come a second time
         self._read: deque[Decoded] = deque()
         self._studies: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._ended: queue.SimpleQueue[Job | BaseException] = queue.SimpleQueue()
@@ -126,7 +126,7 @@ class Pipeline(Closing):
         Parameters
         ----------
         jobs
-            Names are different. Pulled only as far as needed; None: there is none at the moment.
+            Pulled only as far as needed; None: there is none at the moment.
 
         Returns
         -------
@@ -151,14 +151,14 @@ class Pipeline(Closing):
                 elif job.records:
                     yield job
                 else:
-                    self._jobs[job.input.name] = job
+                    self._jobs[id(job.input)] = job
                     self._pool.submit(job.input)
             for failed in self._take():
-                yield self._jobs.pop(failed.input.name)
+                yield self._jobs.pop(id(failed.input))
             self._encode()
             ended = self._next_ended()
             if ended is not None:
-                yield self._jobs.pop(ended.input.name)
+                yield self._jobs.pop(id(ended.input))
             elif source is None and not self._jobs:
                 return
             if time.monotonic() - looked > _PAUSE_S:
@@ -185,7 +185,7 @@ class Pipeline(Closing):
             if isinstance(result, Decoded):
                 self._read.append(result)
             else:
-                self._jobs[result.input.name].records += self._failures(result)
+                self._jobs[id(result.input)].records += self._failures(result)
                 failures.append(result)
         return failures
 
@@ -197,7 +197,7 @@ class Pipeline(Closing):
         batch = []
         for _ in range(min(most, len(self._read))):
             one = self._read.popleft()
-            job = self._jobs[one.input.name]
+            job = self._jobs[id(one.input)]
             self._begin(job, one.radiograph.sha256)
             if job.asked:
                 batch.append(one)
@@ -209,7 +209,7 @@ class Pipeline(Closing):
         radiographs = [one.radiograph for one in batch]
         studies = self._model.encode(radiographs, pixels, [one.seconds for one in batch])
         for one, study in zip(batch, studies, strict=True):
-            self._studies.put(_Work(self._jobs[one.input.name], study))
+            self._studies.put(_Work(self._jobs[id(one.input)], study))
 
     def _next_ended(self) -> Job | None:
         """A job that a lane has finished; waits a moment for one, less where something may be encoded meanwhile."""
@@ -228,7 +228,7 @@ class Pipeline(Closing):
                 work.chat.close()
 
     def _failures(self, failed: Failed) -> list[Record]:
-        job = self._jobs[failed.input.name]
+        job = self._jobs[id(failed.input)]
         source = str(failed.input.path)
         return [
             Failure(source, failed.sha256, one.question, failed.stage, failed.error, failed.message)

@@ -34,7 +34,7 @@ from watchdog.events import (
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
-from xraygpt_lite.batch.inputs import Input, _labels, _unreadable, could_be_radiograph, matcher
+from xraygpt_lite.batch.inputs import Input, could_be_radiograph, folder_labels, matcher, unreadable
 from xraygpt_lite.errors import UsageError
 
 _TICK_S = 0.1  # between two looks at what was told, and at what may have settled
@@ -99,7 +99,7 @@ def watch(
     if not folders:
         raise UsageError("no folder was given to watch; name one or more that exist")
     given = {os.path.realpath(folder): folder for folder in reversed(folders)}
-    roots = [_Root(given[real], os.path.join(real, ""), label) for real, label in _labels(folders).items()]
+    roots = [_Root(given[real], os.path.join(real, ""), label) for real, label in folder_labels(folders).items()]
     return _arrivals(_Watcher(roots, matcher(include, exclude), settle, rescan), stop)
 
 
@@ -253,7 +253,7 @@ class _Watcher:
                 folders = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
             except OSError as error:
                 if self._first and not isinstance(error, FileNotFoundError | NotADirectoryError):
-                    raise _unreadable(folder, error) from None
+                    raise unreadable(folder, error) from None
                 continue
             inner = set(folders)
             for entry in entries:

@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xraygpt_lite.batch.inputs import Input
     from xraygpt_lite.batch.runner import Run
 
+_I = TypeVar("_I", bound="Input | None")
 _ORDERS = ("name", "given", "newest", "oldest", "random")
 _RENDERED = ("csv", "html")
 
@@ -95,19 +96,19 @@ def command(
     corners = options.box(box) if box is not None else None
     ask = Ask(questions or (None,), task, corners, variant, options.generation(**given), findings)
     stop = threading.Event()
+    source: Generator[Input | None]
     if watch:
         from xraygpt_lite.batch.watch import watch as arriving
 
-        found, count = _others(arriving(inputs, stop, **filters), output), None
+        source, count = _others(arriving(inputs, stop, **filters), output), None
     else:
         # Bytes: a name need not be valid in any encoding.
         lines = (os.fsdecode(line) for line in sys.stdin.buffer) if "-" in inputs else None
-        files = find(inputs, order=order, limit=limit, shard=part, stdin=lines, **filters)
-        files = [one for one in _others(files, output) if one]
-        found, count = iter(files), len(files)
-    with _signals(stop if watch else None):
+        files = list(_others(find(inputs, order=order, limit=limit, shard=part, stdin=lines, **filters), output))
+        source, count = (one for one in files), len(files)
+    with closing(source), _signals(stop if watch else None):
         run = Run(
-            found, ask, output=Path(output), count=count, shard=part, bundle=bundle, device=device, threads=threads,
+            source, ask, output=Path(output), count=count, shard=part, bundle=bundle, device=device, threads=threads,
             parallel=parallel, identifiers=not no_identifiers, restart=restart, retry_failed=retry_failed,
             file_timeout=file_timeout, max_failures=max_failures,
         )  # fmt: skip
@@ -124,7 +125,7 @@ def command(
     return 3 if run.failures else 0
 
 
-def _others(found: Iterable[Input | None], output: str) -> Iterator[Input | None]:
+def _others(found: Iterable[_I], output: str) -> Generator[_I]:
     """What is found but for the output itself and what lies beside it, in a folder that is both read and written."""
     place = os.path.realpath(output)
     own = {place + suffix for suffix in ("", ".lock", ".running", ".salt")}
