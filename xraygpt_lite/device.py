@@ -18,6 +18,8 @@ from xraygpt_lite.values import DevicePlan
 Device = Literal["auto", "cpu", "cuda"]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 DEFAULT_CONTEXT = 2048
+WORTH = 1.7
+"""Twice the threads have to make a decode call so many times as fast, to be better there than at the encoder."""
 _CUDA_ADVICE = "see the installation guide for the CUDA build, or use --device cpu"
 
 
@@ -43,7 +45,8 @@ def plan(
     threads: int | None = None,
     context: int | None = None,
     sequences: int = 1,
-    sequences_reason: str = "",
+    llm_threads: int | None = None,
+    because: Sequence[str] = (),
 ) -> DevicePlan:
     """Decide what runs where.
 
@@ -61,8 +64,10 @@ def plan(
         Explicit values; None chooses: one thread a core, at most 2048 cells.
     sequences
         Conversations and answers that may be open at once; each has a KV cache of its own.
-    sequences_reason
-        Why so many, where somebody chose.
+    llm_threads
+        The language model's, where the encoder is to have the others and to run at the same time.
+    because
+        Reasons of the last two, where somebody chose.
 
     Raises
     ------
@@ -92,47 +97,63 @@ def plan(
         _reason("language model", device, llama_gpu, "a GPU in llama.cpp"),
         f"{threads} threads were asked for" if threads else f"{cores()} threads: one for each core of this process",
     ]
-    if sequences_reason:
-        reasons.append(sequences_reason)
+    reasons += because
     use_vision, use_llama = device != "cpu" and vision_gpu, device != "cpu" and llama_gpu
     return DevicePlan(
         device="cuda" if use_vision or use_llama else "cpu",
         providers=(CUDA, CPU) if use_vision else (CPU,),
         gpu_layers=-1 if use_llama else 0,
-        threads=threads or cores(),
+        threads=llm_threads or threads or cores(),
+        encoder_threads=(threads or cores()) - llm_threads if llm_threads else 0,
         context=context or min(DEFAULT_CONTEXT, trained_context),
         sequences=sequences,
         reasons=tuple(reasons),
     )
 
 
-def parallel(step_seconds: Mapping[int, float], sequence_bytes: int, free_bytes: int) -> tuple[int, str]:
-    """How many answers to write at once, and why.
+def parallel(
+    step_seconds: Mapping[int, Mapping[int, float]], sequence_bytes: int, free_bytes: int, wanted: int | None = None
+) -> tuple[int, int, tuple[str, ...]]:
+    """How many answers to write at once, with how many of the threads, and why.
 
     Parameters
     ----------
     step_seconds
-        Number of sequences → seconds of one decode call with a row of each.
+        Threads → number of sequences → seconds of one decode call with a row of each; all threads, and perhaps half of
+        them.
     sequence_bytes
         KV cache of one sequence.
     free_bytes
         Memory that may be used.
+    wanted
+        The number that was asked for; then only the threads are decided.
 
     Returns
     -------
-    int, str
-        Of those that fit half of the memory, the smallest number that comes within 3 % of the highest rate.
+    int, int, tuple of str
+        Of those that fit half of the memory, the smallest number that comes within 3 % of the highest rate. Half of
+        the threads where the others would add little: then the encoder has those, and both work at the same time.
     """
-    fitting = {n: s for n, s in step_seconds.items() if n * sequence_bytes <= free_bytes / 2} or {1: step_seconds[1]}
-    rates = {n: n / seconds for n, seconds in sorted(fitting.items())}
-    best = max(rates.values())
-    chosen = next(n for n, rate in rates.items() if rate >= 0.97 * best)
+    threads = max(step_seconds)
+    every = step_seconds[threads]
+    fitting = {n: s for n, s in sorted(every.items()) if n * sequence_bytes <= free_bytes / 2} or {1: every[1]}
+    rates = {n: n / seconds for n, seconds in fitting.items()}
+    chosen = next(n for n, rate in rates.items() if rate >= 0.97 * max(rates.values()))
     told = ", ".join(f"{n}: {rate:.0f}" for n, rate in rates.items())
     reason = f"{chosen} sequences: measured here, tokens a second by sequences: {told}"
-    left = sorted(set(step_seconds) - set(rates))
-    if left:
+    if left := sorted(set(every) - set(rates)):
         reason += f"; {', '.join(map(str, left))} would not fit {free_bytes / 1e9:.1f} GB of free memory"
-    return chosen, reason
+    if wanted:
+        chosen, reason = wanted, f"{wanted} sequences: asked for"
+    half, alike = min(step_seconds), max(n for n in every if n <= chosen)
+    gain = step_seconds[half][alike] / every[alike]
+    if half == threads or gain > WORTH:
+        return chosen, threads, (reason,)
+    share = (
+        f"{half} of {threads} threads for the language model, the others for the encoder at the same time: all "
+        f"{threads} would make a step {gain:.1f} times as fast"
+    )
+    return chosen, half, (reason, share)
 
 
 def free_memory() -> int:

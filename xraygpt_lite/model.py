@@ -9,8 +9,10 @@ It knows every room's front door and no room's inside.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -93,13 +95,10 @@ def open_bundle(
     threads: int | None = None,
     context: int | None = None,
     sequences: int = 1,
-    sequences_reason: str = "",
     float32_cache: bool = False,
 ) -> XrayModel:
     """Open a bundle whose files were checked; raises as `load`. `float32_cache`: for parity with float32 references."""
-    chosen = plan(
-        bundle, device=device, threads=threads, context=context, sequences=sequences, sequences_reason=sequences_reason
-    )
+    chosen = plan(bundle, device=device, threads=threads, context=context, sequences=sequences)
     return XrayModel(bundle, replace(chosen, float32_cache=float32_cache))
 
 
@@ -110,9 +109,10 @@ def plan(
     threads: int | None = None,
     context: int | None = None,
     sequences: int = 1,
-    sequences_reason: str = "",
+    llm_threads: int | None = None,
+    because: Sequence[str] = (),
 ) -> DevicePlan:
-    """Where and how a bundle would run; raises as `load`."""
+    """Where and how a bundle would run; takes what `device.plan` takes, raises as `load`."""
     return devices.plan(
         device,
         providers=vision.available_providers(),
@@ -121,7 +121,8 @@ def plan(
         threads=threads,
         context=context,
         sequences=sequences,
-        sequences_reason=sequences_reason,
+        llm_threads=llm_threads,
+        because=because,
     )
 
 
@@ -137,7 +138,11 @@ class XrayModel(Closing):
     def __init__(self, bundle: Bundle, plan: DevicePlan) -> None:
         self.bundle, self.plan = bundle, plan
         self._encoder = vision.Encoder(bundle, plan)
-        self._engine = Engine(bundle.llm, plan)
+        on_cpu = plan.gpu_layers == 0 and plan.providers[0] == devices.CPU
+        # With the same threads they take turns: those of one library slow the other's down more than that.
+        in_turn = on_cpu and not plan.encoder_threads
+        self._cores: AbstractContextManager[object] = threading.Lock() if in_turn else nullcontext()
+        self._engine = Engine(bundle.llm, plan, self._cores)
         self._closed = False
         if self._engine.width != bundle.manifest.width:
             self._engine.close()
@@ -270,8 +275,9 @@ class XrayModel(Closing):
 
     def encode(self, radiographs: Sequence[Radiograph], pixels: Pixels, read_s: Sequence[float]) -> list[Study]:
         """Encode radiographs that were read and transformed before, in so many seconds each."""
-        began = time.perf_counter()
-        tokens = self._encoder.encode(pixels)
+        with self._cores:
+            began = time.perf_counter()
+            tokens = self._encoder.encode(pixels)
         each = (time.perf_counter() - began) / len(radiographs)
         parts = zip(radiographs, tokens.data, pixels.placements, read_s, strict=True)
         return [Study(radiograph, rows, place, Timings(read=s, vision=each)) for radiograph, rows, place, s in parts]

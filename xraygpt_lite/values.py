@@ -294,7 +294,9 @@ class DevicePlan:
     gpu_layers
         Layers of the language model that are offloaded; -1 = all, 0 = none.
     threads
-        Threads of each native library.
+        Threads of the language model.
+    encoder_threads
+        Threads of the encoder; 0: the same ones, in turn.
     context
         Cells of the KV cache for each sequence.
     batch
@@ -311,6 +313,7 @@ class DevicePlan:
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     gpu_layers: int = 0
     threads: int = 1
+    encoder_threads: int = 0
     context: int = 2048
     batch: int = 512
     sequences: int = 1

@@ -146,7 +146,7 @@ class Encoder:
 def _session(path: Path, plan: DevicePlan) -> Any:
     runtime = _runtime()
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = plan.threads
+    options.intra_op_num_threads = plan.encoder_threads or plan.threads
     options.log_severity_level = 4
     try:
         return runtime.InferenceSession(str(path), options, providers=list(plan.providers))

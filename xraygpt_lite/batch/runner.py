@@ -125,10 +125,12 @@ class Run(Closing):
             pool = stack.enter_context(Pool(manifest.image, worker_count(devices.cores()), file_timeout))
             rows = sizing.rows(found, self._asked, ask.variant, sampling.max_tokens, findings=ask.findings)
             plan = partial(models.plan, found, device=device, threads=threads, context=_fitting(found, rows))
-            many, why = (parallel, f"{parallel} sequences: asked for") if parallel else sizing.sequences(found, plan())
+            shared = plan()
+            many, llm_threads, because = sizing.sequences(found, shared, parallel)
             if count is not None and count < many:
-                many, why = max(1, count), f"{max(1, count)} sequences: no more inputs than that"
-            chosen = plan(sequences=many, sequences_reason=why)
+                many, because = max(1, count), (*because, f"{max(1, count)} sequences: no more inputs than that")
+            split = llm_threads if llm_threads < shared.threads else None
+            chosen = plan(sequences=many, llm_threads=split, because=because)
             self.model = stack.enter_context(models.XrayModel(found, chosen))
             self._pipeline = stack.enter_context(Pipeline(self.model, ask, pool, file_timeout, self._begin))
             self._records = self._run()

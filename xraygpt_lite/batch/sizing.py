@@ -7,6 +7,7 @@ but to measure.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -42,18 +43,23 @@ def rows(bundle: Bundle, asked: Sequence[prompt.Asked], variant: str | None, ans
         model.close()
 
 
-def sequences(bundle: Bundle, plan: DevicePlan) -> tuple[int, str]:
-    """How many radiographs to answer for at once with this plan, and why.
+def sequences(bundle: Bundle, plan: DevicePlan, wanted: int | None = None) -> tuple[int, int, tuple[str, ...]]:
+    """How many radiographs to answer for at once with this plan, with how many of its threads, and why.
 
-    It is measured once for a bundle, build, CPU and number of threads, and remembered; memory is looked at every time.
+    `wanted` is the number that was asked for. It is measured once for a bundle, build, CPU and number of threads, and
+    remembered; memory is looked at every time.
     """
     cache = Cache(device.cache_folder())
     key = f"{bundle.id} {native.build_id()} {selftest.cpu_id()} {plan.threads} {plan.gpu_layers}"
     known = cache.get(_KIND, key)
+    several = {plan.threads, plan.threads // 2} - {0} if plan.gpu_layers == 0 else {plan.threads}
+    try:
+        seconds = {threads: dict(zip(CANDIDATES, known[str(threads)], strict=True)) for threads in several}
+    except (TypeError, KeyError, ValueError):  # never measured, or by another version
+        seconds = {
+            threads: rates.step_seconds(bundle.llm, replace(plan, threads=threads), CANDIDATES) for threads in several
+        }
+        cache.put(_KIND, key, {str(threads): list(each.values()) for threads, each in seconds.items()})
     row = gguf_header.read(bundle.llm).cache_row
     room = device.free_memory() - bundle.llm.stat().st_size
-    if not (isinstance(known, list) and len(known) == len(CANDIDATES) and all(isinstance(s, float) for s in known)):
-        measured = rates.step_seconds(bundle.llm, plan, CANDIDATES)
-        known = [measured[count] for count in CANDIDATES]
-        cache.put(_KIND, key, known)
-    return device.parallel(dict(zip(CANDIDATES, known, strict=True)), row * plan.context, room)
+    return device.parallel(seconds, row * plan.context, room, wanted)

@@ -9,6 +9,7 @@ Knows requests and native objects. Callers, slots and streams live in `scheduler
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -25,7 +26,8 @@ from .sequence import Held
 class Core:
     """Model, context and thread of one engine. Holds no reference to the `Engine` that callers see."""
 
-    def __init__(self, gguf: Path, plan: DevicePlan) -> None:
+    def __init__(self, gguf: Path, plan: DevicePlan, cores: AbstractContextManager[object]) -> None:
+        self._cores = cores
         self.model = Model(gguf, plan.gpu_layers)
         self.cells = min(plan.context, self.model.trained_context)
         try:
@@ -282,7 +284,8 @@ class Core:
 
     def _decode(self, requests: list[Request]) -> bool:
         try:
-            self.context.decode(self._batch)
+            with self._cores:
+                self.context.decode(self._batch)
         except NativeError as error:
             for request in requests:
                 self._openings.pop(request.held.id, None)

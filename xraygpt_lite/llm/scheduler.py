@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,9 @@ class Engine(Closing):
         A file whose hash was checked.
     plan
         Threads, context, batch, sequences, layers on a GPU, precision of the cache.
+    cores
+        Held during each decode call, e.g. a lock that another library's calls hold, too: the threads of two of them,
+        each made for all cores, slow each other down more than taking turns does.
 
     Attributes
     ----------
@@ -55,8 +59,8 @@ class Engine(Closing):
         The model cannot be loaded.
     """
 
-    def __init__(self, gguf: Path, plan: DevicePlan) -> None:
-        self._core = Core(gguf, plan)
+    def __init__(self, gguf: Path, plan: DevicePlan, cores: AbstractContextManager[object] | None = None) -> None:
+        self._core = Core(gguf, plan, cores or nullcontext())
         model = self._core.model
         self.width, self.vocab, self.bos, self.eos = model.width, model.vocab, model.bos, model.eos
         self.context = self._core.cells
