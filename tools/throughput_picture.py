@@ -39,8 +39,8 @@ def picture(panels: list[tuple[str, dict[str, dict[str, float]]]]) -> str:
     )
     body = "\n".join(parts)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{top}" viewBox="0 0 {WIDTH} {top}" role="img" '
-        f'aria-label="Images a minute by radiographs at once">\n<style>{style}</style>\n{body}\n</svg>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{top}" viewBox="0 0 {WIDTH} {top}" '
+        f'role="img" aria-label="Images a minute by radiographs at once">\n<style>{style}</style>\n{body}\n</svg>\n'
     )
 
 

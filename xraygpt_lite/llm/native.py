@@ -7,6 +7,7 @@ context, model. Knows nothing of requests, threads or text that stops.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ _BOOL_OVERRIDE = 2
 _FLOAT32_TYPE = 0
 _FLASH_ATTENTION_OFF = 0
 _BYTES = ctypes.POINTER(ctypes.c_uint8)
+_DAMAGED = "the language model's logits are not finite: its weights or the image rows are damaged"
 UInt8 = npt.NDArray[np.uint8]
 
 
@@ -183,6 +185,7 @@ class Context:
             )
         model._contexts += 1
         self._memory = self._lib.llama_get_memory(self._pointer)
+        self._row_type = ctypes.c_float * model.vocab
 
     @property
     def pointer(self) -> Any:
@@ -206,14 +209,25 @@ class Context:
 
     def logits(self, row: int) -> Float32:
         """Return a copy (V,) of the logits of one row of the last batch, which was marked for output."""
+        values = self._logits(row).copy()
+        if not np.isfinite(values).all():
+            raise NativeError(_DAMAGED)
+        return values
+
+    def likeliest(self, row: int) -> int:
+        """Return the arg-max of one row's logits, the first of equal ones."""
+        values = self._logits(row)
+        token = int(values.argmax())
+        if not math.isfinite(values[token]):  # what is no number counts as the largest
+            raise NativeError(_DAMAGED)
+        return token
+
+    def _logits(self, row: int) -> Float32:
+        """A view (V,) of what the next call overwrites."""
         found = self._lib.llama_get_logits_ith(self.pointer, row)
         if not found:
             raise NativeError(f"row {row} of the last batch has no logits")
-        row_type = ctypes.c_float * self.model.vocab
-        values: Float32 = np.array(row_type.from_address(ctypes.addressof(found.contents)), np.float32)
-        if not np.isfinite(values).all():
-            raise NativeError("the language model's logits are not finite: its weights or the image rows are damaged")
-        return values
+        return np.frombuffer(self._row_type.from_address(ctypes.addressof(found.contents)), np.float32)
 
     def cut(self, sequence: int, rows: int) -> None:
         """Drop a sequence's rows from position `rows` on."""

@@ -207,7 +207,6 @@ class Generate(Answer):
             return
         if not draft.ids:
             self._prefilled = time.perf_counter()
-        context.logits(rows[0])
         token = self._sampler.sample(context, rows[0])
         text = draft.add(token, context.model.piece(token))
         if text and self._pieces:

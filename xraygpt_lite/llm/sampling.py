@@ -62,11 +62,15 @@ class Sampler:
     def __init__(self, model: Model, sampling: Sampling, stop_ids: Sequence[int]) -> None:
         check(sampling)
         self._lib = library()
+        self._chain: Any = None
+        penalized = sampling.repeat_penalty != 1.0 and sampling.penalty_last_n != 0
+        if sampling.temperature == 0 and not penalized and not (sampling.min_tokens and stop_ids):
+            return  # the likeliest token, always: no chain is needed, which would sort through the whole vocabulary
         self._barred = sampling.min_tokens if stop_ids else 0
         self._chain = self._lib.llama_sampler_chain_init(self._lib.llama_sampler_chain_default_params())
         if self._barred:
             self._add(self._bar(model.vocab, stop_ids))
-        if sampling.repeat_penalty != 1.0 and sampling.penalty_last_n != 0:
+        if penalized:
             # This version of llama.cpp takes -1 for "off"; ours means all generated tokens.
             last_n = sampling.max_tokens if sampling.penalty_last_n == -1 else sampling.penalty_last_n
             self._add(self._lib.llama_sampler_init_penalties(model.vocab, last_n, sampling.repeat_penalty, 0.0, 0.0))
@@ -94,6 +98,9 @@ class Sampler:
 
     def sample(self, context: Context, row: int) -> int:
         """Choose the token that follows one row of the last batch, and remember it for the penalties."""
+        if not self._chain:
+            return context.likeliest(row)
+        context.logits(row)  # refuses what is not finite
         token = int(self._lib.llama_sampler_sample(self._chain, context.pointer, row))
         if self._barred:
             self._barred -= 1
