@@ -84,11 +84,11 @@ def _header(facts: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> GgufHe
     vocab = _positive(facts, "tokenizer.ggml.tokens")  # an array is kept as its length
     if (table := shapes.get("token_embd.weight")) != (width, vocab):
         raise ValueError(f"token_embd.weight has the shape {table}, but the header promises ({width}, {vocab})")
-    layers, heads, key_heads = (
-        facts.get(f"{architecture}.{key}") for key in ("block_count", "attention.head_count", "attention.head_count_kv")
-    )
-    known = all(isinstance(value, int) and 0 < value < _MAX_ITEMS for value in (layers, heads))
-    cache_row = 4 * layers * width * (key_heads or heads) // heads if known else 0
+    cache_row = 0
+    if {f"{architecture}.block_count", f"{architecture}.attention.head_count"} <= set(facts):
+        layers, heads = (_positive(facts, f"{architecture}.{key}") for key in ("block_count", "attention.head_count"))
+        key_heads = facts.get(f"{architecture}.attention.head_count_kv")
+        cache_row = 4 * layers * width * (key_heads if isinstance(key_heads, int) else heads) // heads
     return GgufHeader(architecture, width, vocab, _positive(facts, f"{architecture}.context_length"), cache_row)
 
 
