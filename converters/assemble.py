@@ -10,11 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 from xraygpt_lite import compare, verify
 from xraygpt_lite.bundle import manifest, store, typed_json
@@ -22,6 +22,7 @@ from xraygpt_lite.cache import Cache
 from xraygpt_lite.converters import language, onnx, precision, weights
 from xraygpt_lite.converters.families import Parts, loader
 from xraygpt_lite.converters.language import LanguageModel
+from xraygpt_lite.converters.progress import QUIET, Progress
 from xraygpt_lite.converters.staging import Staging
 from xraygpt_lite.errors import BundleError, ConversionError, UsageError
 from xraygpt_lite.model import open_bundle
@@ -71,33 +72,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The finished bundle, and the entries of the source files that nothing used."""
+    """The finished bundle, the entries of the source files that nothing used, and what else is to be known of them."""
 
     bundle: Bundle
     ignored: tuple[str, ...]
-
-
-class Progress(Protocol):
-    """Is told how a conversion goes on."""
-
-    def step(self, text: str) -> None:
-        """A step begins."""
-
-    def writing(self, written: Callable[[], int], expected: int) -> None:
-        """From here on `written()` bytes of about `expected` are on the disk."""
-
-
-class Quiet:
-    """Keeps it to itself."""
-
-    def step(self, text: str) -> None:
-        """Say nothing."""
-
-    def writing(self, written: Callable[[], int], expected: int) -> None:
-        """Count nothing."""
-
-
-QUIET = Quiet()
+    notes: tuple[str, ...]
 
 
 def convert(request: Request, progress: Progress = QUIET) -> Outcome:
@@ -110,6 +89,8 @@ def convert(request: Request, progress: Progress = QUIET) -> Outcome:
     ConversionError
         A file does not fit, the graphs differ from torch or, made smaller, too much from float32, or the folder cannot
         be written; the target is untouched.
+    KeyboardInterrupt
+        As it came; where finished steps are kept, it says so.
     UsageError
         A setting, weight type or name that cannot be meant.
     """
@@ -122,30 +103,67 @@ def convert(request: Request, progress: Progress = QUIET) -> Outcome:
         llm.merge(parts.lora)
     draft = _draft(request, parts, llm)
     files = [*((role, path) for role, source in parts.sources.items() for path in source.files), *llm.files]
-    needed = weights.needed_bytes(parts, llm, draft)
+    room = weights.room(parts, llm, draft)
     with Staging(request.output, _identity(request, files)) as staging:
-        weights.check_space(request.output, needed - staging.written())
-        progress.writing(staging.written, needed)
-        progress.step("exporting vision and projector to ONNX")
+        weights.check_space(request.output, sum(room) - staging.written())
+        steps = _Steps(staging, progress)
+        steps.writing("exporting vision and projector to ONNX", "graphs", room.graphs)
         figures = staging.step("graphs", ["reference/*.onnx*"], lambda: _export(parts, draft, staging.reference))
         parts = parts.unloaded()  # up to 4 GB, which the graphs now hold
-        progress.step(f"writing the encoder as {draft.weight_types['vision']}")
+        steps.writing(f"writing the encoder as {draft.weight_types['vision']}", "encoder", room.encoder)
         staging.step("encoder", ["bundle/*.onnx*"], lambda: weights.write_vision(draft, staging))
-        progress.step(f"writing the language model as {draft.weight_types['llm']}")
+        steps.writing(f"writing the language model as {draft.weight_types['llm']}", "language model", room.llm)
         weights.write_llm(llm, draft, staging)
-        progress.step("comparing with what was not made smaller")
-        figures |= staging.step("comparison", [], lambda: weights.measure(draft, llm, staging, radiographs))
+        steps.begin("comparing with what was not made smaller", "comparison")
+        figures |= staging.step("comparison", [], lambda: weights.measure(draft, llm, staging, radiographs, progress))
         if "cosine_mean" in figures and not set(weights.ANSWERS) <= set(figures):
             progress.step("comparing no answers: the language model as stored is too large for this machine's memory")
-        draft = replace(draft, agreement=figures, warnings=_shortfall(request, figures))
+        draft = replace(draft, agreement=figures, warnings=_shortfall(request, figures, staging))
         progress.step("recording the self-test")
-        test = _self_test(Bundle(staging.bundle, draft, ""))
+        draft = replace(draft, self_test=_self_test(Bundle(staging.bundle, draft, "")))
         progress.step("hashing")
-        finished = replace(draft, self_test=test, files=_entries(staging.bundle), sources=_sources(files))
+        finished = _hashed(draft, staging.bundle, files, progress)
         (staging.bundle / manifest.FILE_NAME).write_bytes(manifest.dump(finished))
+        progress.step("checking the finished bundle")
         checked = store.load(staging.bundle, Cache(None))
         staging.finish()
-    return Outcome(Bundle(request.output, checked.manifest, checked.id), (*parts.ignored, *llm.ignored))
+    bundle = Bundle(request.output, checked.manifest, checked.id)
+    return Outcome(bundle, (*parts.ignored, *llm.ignored), (*parts.notes, *llm.notes))
+
+
+class _Steps:
+    """Tells of steps that the folder may hold already, and of the bytes that they write."""
+
+    def __init__(self, staging: Staging, progress: Progress) -> None:
+        self._staging, self._progress = staging, progress
+        self._whole = 0
+
+    def begin(self, text: str, name: str) -> None:
+        """A step, which the staging folder knows by `name`."""
+        self._progress.step(text, kept=name in self._staging.finished)
+
+    def writing(self, text: str, name: str, expected: int) -> None:
+        """The same, of one that writes about so many bytes, a part of which an interrupted run may have written."""
+        self.begin(text, name)
+        self._whole += expected
+        before = self._staging.written()
+        self._progress.counting(lambda: self._staging.written() - before, self._whole - before, "bytes")
+
+
+class _Hashes:
+    """SHA-256 of files. `done` bytes were read so far."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def of(self, path: Path) -> str:
+        """Hexadecimal."""
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+                self.done += len(chunk)
+        return digest.hexdigest()
 
 
 def template(family: str) -> dict[str, Any]:
@@ -213,15 +231,16 @@ def _draft(request: Request, parts: Parts, llm: LanguageModel) -> Manifest:
 
 
 def _identity(request: Request, files: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """All that decides about the result, as JSON; a source file by its place, size and time."""
-    stats = [(role, str(path.resolve()), path.stat()) for role, path in files]
+    """All that decides about the result, as JSON; a file by its place, size and time."""
+    images = () if request.check_images is None else compare.image_files(request.check_images)
+    stats = [(role, str(path.resolve()), path.stat()) for role, path in (*files, *(("image", path) for path in images))]
     return {
         "schema": manifest.SCHEMA,
         "family": request.family,
+        "name": request.name,
         "quant": request.quant,
         "vision_type": request.vision_type,
         "settings": dict(request.settings),
-        "check_images": str(request.check_images),
         "files": [(role, path, stat.st_size, stat.st_mtime_ns) for role, path, stat in stats],
     }
 
@@ -232,13 +251,13 @@ def _export(parts: Parts, draft: Manifest, folder: Path) -> dict[str, float]:
     return onnx.agreement(onnx.reference(parts, draft.image.size), Bundle(folder, draft, ""))
 
 
-def _shortfall(request: Request, figures: Mapping[str, float]) -> tuple[str, ...]:
+def _shortfall(request: Request, figures: Mapping[str, float], staging: Staging) -> tuple[str, ...]:
     """What every answer of the bundle has to say about its encoder; refused unless forced."""
     lacking = compare.shortfall(figures) if "cosine_mean" in figures else None
     if lacking is None:
         return ()
     if not request.force:
-        raise ConversionError(
+        raise staging.refusal(
             f"with --vision-type {request.vision_type} {lacking}; use --vision-type f32, name a folder of your own "
             "radiographs with --check-images, or write it nevertheless with --force"
         )
@@ -253,14 +272,13 @@ def _self_test(bundle: Bundle) -> SelfTest:
         raise ConversionError(f"the converted model does not run as a bundle: {error}") from error
 
 
-def _entries(folder: Path) -> tuple[FileEntry, ...]:
-    return tuple(FileEntry(path.name, _sha256(path), path.stat().st_size) for path in sorted(folder.iterdir()))
-
-
-def _sources(files: Sequence[tuple[str, Path]]) -> tuple[SourceFile, ...]:
-    return tuple(SourceFile(role, path.name, _sha256(path)) for role, path in files)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hashed(draft: Manifest, folder: Path, files: Sequence[tuple[str, Path]], progress: Progress) -> Manifest:
+    """The manifest with the hashes of the bundle's files and of the source files."""
+    made, hashes = sorted(folder.iterdir()), _Hashes()
+    size = sum(path.stat().st_size for path in [*made, *(path for _, path in files)])
+    progress.counting(lambda: hashes.done, size, "bytes")
+    return replace(
+        draft,
+        files=tuple(FileEntry(path.name, hashes.of(path), path.stat().st_size) for path in made),
+        sources=tuple(SourceFile(role, path.name, hashes.of(path)) for role, path in files),
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from xraygpt_lite.converters import opcodes
 from xraygpt_lite.converters.tensors import Tensors, is_finite
 from xraygpt_lite.errors import ConversionError
 
@@ -135,11 +137,17 @@ class Checkpoint:
             self._where[name] = path
 
     def _check_index(self, index: Path) -> None:
-        for name, shard in _weight_map(index).items():
+        listed = _weight_map(index)
+        for name, shard in listed.items():
             if name not in self._where or self._where[name].name != shard:
                 raise ConversionError(
                     f"{index} says that tensor {name!r} is in {shard}, and it is not; get all files anew"
                 )
+        unlisted = [name for name in self._where if name not in listed and not _is_buffer(name)]
+        if unlisted:
+            raise ConversionError(
+                f"{self._where[unlisted[0]]} holds {_some(unlisted)}, which {index} does not list; get all files anew"
+            )
 
 
 def take_all(source: Tensors, used: Iterable[str], ignored: Sequence[str]) -> tuple[str, ...]:
@@ -310,13 +318,16 @@ def _open(path: Path) -> tuple[Mapping[str, Tensor] | Any, tuple[str, ...]]:
 
 def _load_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings():  # of a protocol that torch does not write: what follows says more
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)|Unsupported (?:class|global)[: ]+(\S+)", str(error))
-        if found:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        name = found[1] if found else opcodes.foreign_name(path)
+        if name:
             raise ConversionError(
-                f"{path} asks for {found.group(1) or found.group(2)!s} while it is loaded, so it could run code; it "
-                "was not loaded. Use a file that holds tensors alone"
+                f"{path} asks for {name[:100]} while it is loaded, so it could run code; it was not loaded. Use a file "
+                "that holds tensors alone"
             ) from error
         raise ConversionError(f"{path} is not a torch checkpoint, or a damaged one") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
@@ -346,6 +357,10 @@ def _has_tensors(value: Any) -> bool:
     if isinstance(value, Mapping):
         return any(_has_tensors(part) for part in value.values())
     return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(_has_tensors(part) for part in value))
+
+
+def _is_buffer(name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in BUFFERS)
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -52,7 +52,7 @@ class GgufFile:
         Of one embedding; the ids that begin a text and end an answer.
     own_type
         Weight type, in the words of `--quant`.
-    ignored
+    ignored, notes
         Nothing: it is kept whole.
 
     Raises
@@ -65,6 +65,7 @@ class GgufFile:
         self.path = path
         self.files = (("llm", path),)
         self.ignored: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = ()
         facts, self._tensors = _read(path)
         self.width: int = facts["llama.embedding_length"]
         self.bos, self.eos = (_token(path, facts, name) for name in ("bos", "eos"))

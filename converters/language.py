@@ -40,6 +40,10 @@ class LanguageModel(Protocol):
         """Tensors that nothing uses, by name."""
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What whoever converts has to know, a sentence each."""
+
+    @property
     def files(self) -> tuple[tuple[str, Path], ...]:
         """(role, path) of every file that was read."""
 

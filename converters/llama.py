@@ -58,6 +58,8 @@ class LlamaFolder:
         The folder: what messages name.
     sizes, vocabulary, ignored
         As named; `ignored` are tensors that nothing uses.
+    notes
+        What whoever converts has to know, a sentence each.
     files
         (role, path) of every file that was read, for the bundle's list of sources.
 
@@ -82,6 +84,7 @@ class LlamaFolder:
         self.ignored = self._check()
         places = [files[0] for files in folders.values()]
         self.vocabulary = vocabulary.read(places, self.sizes.rows, tokenizer)
+        self.notes = () if not self.vocabulary.unnamed else (_padding(self.vocabulary.unnamed),)
         words = {path: "tokenizer" for path in self.vocabulary.files}
         words |= {path: role for role, (place, *_) in folders.items() for path in words if path.parent == place}
         read = [(role, path) for role, (_, *files) in folders.items() for path in files]
@@ -207,6 +210,11 @@ def _is_half(kind: str, shape: tuple[int, ...]) -> bool:
 
 def _sizes(config: Path, weights: Checkpoint) -> Sizes:
     return llama_config.read(config, weights.shapes.get("model.embed_tokens.weight", (0, 0))[0])
+
+
+def _padding(rows: int) -> str:
+    which = "row of the embedding table stands" if rows == 1 else "rows of the embedding table stand"
+    return f"{rows} {which} for no piece of the vocabulary (padding)"
 
 
 def _metadata(writer: Any, sizes: Sizes, words: vocabulary.Vocabulary, name: str, kind: str) -> None:

@@ -29,9 +29,9 @@ _T = TypeVar("_T")
 class Staging:
     """Use it as a context manager; `finish` puts the bundle into its place.
 
-    What is left of it depends on how it ends. An interruption, or a disk that is full, leaves the files of finished
-    steps, in a hidden folder beside the target; any other error leaves nothing. A process that is killed leaves what it
-    had, and the next one drops all that belongs to no finished step.
+    What is left of it depends on how it ends. An interruption, a disk that is full, or a `refusal` leaves the files of
+    finished steps, in a hidden folder beside the target, and says so; any other error leaves nothing. A process that is
+    killed leaves what it had, and the next one drops all that belongs to no finished step.
 
     Parameters
     ----------
@@ -49,6 +49,8 @@ class Staging:
     ------
     ConversionError
         Another process is making the same bundle, or the folder cannot be written.
+    KeyboardInterrupt
+        As it came, with the sentence that says where finished steps are kept.
     """
 
     def __init__(self, output: Path, request: object) -> None:
@@ -58,6 +60,7 @@ class Staging:
         self._key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         self._lock = FileLock(output.with_name(f".{output.name}.lock"))
         self._done: dict[str, dict[str, Any]] = {}
+        self._refusal: ConversionError | None = None
 
     def __enter__(self) -> Staging:
         with self._in_words():
@@ -78,20 +81,25 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        meant = interrupted or _is_full(error) or (error is not None and error is self._refusal)
+        stays = meant and bool(self._done)
         try:
-            if kind is None or not self._done or not (issubclass(kind, KeyboardInterrupt) or _is_full(error)):
-                shutil.rmtree(self.folder, ignore_errors=True)
-            else:
+            if stays:
                 self._drop_unfinished()
+            else:
+                shutil.rmtree(self.folder, ignore_errors=True)
         finally:
             self._lock.release()
             Path(self._lock.lock_file).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise self._sentence(error) from error
+        if interrupted and stays:
+            raise KeyboardInterrupt(f"interrupted; {self._kept()}") from error
 
     @property
     def finished(self) -> tuple[str, ...]:
-        """Names of the steps that an earlier run has left."""
+        """Names of the steps that are done, by this run or an earlier one."""
         return tuple(self._done)
 
     def step(self, name: str, files: Sequence[str], make: Callable[[], _T]) -> _T:
@@ -119,6 +127,11 @@ class Staging:
         _to_disk(part)
         part.replace(state)
         return result
+
+    def refusal(self, message: str) -> ConversionError:
+        """An error to raise where what was made could still be wanted: finished steps stay, and the message says so."""
+        self._refusal = ConversionError(f"{message}; {self._kept()}")
+        return self._refusal
 
     def written(self) -> int:
         """Bytes in the folder so far; what lies there under two names counts once."""
@@ -174,8 +187,11 @@ class Staging:
             f"the bundle {self._output} could not be written: the disk is full, or a limit on file sizes was reached"
         )
         if self._done:
-            message += f"; finished steps are kept in {self.folder}, and the same command goes on there"
+            message += f"; {self._kept()}"
         return ConversionError(message)
+
+    def _kept(self) -> str:
+        return f"finished steps are kept in {self.folder}, and the same command goes on there"
 
 
 def _is_full(error: BaseException | None) -> bool:

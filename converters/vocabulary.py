@@ -39,6 +39,8 @@ class Vocabulary:
         Ids; padding is None where the vocabulary has none.
     files
         What was read.
+    unnamed
+        How many of the rows stand for no piece: padding of the table.
     """
 
     pieces: tuple[bytes, ...]
@@ -49,6 +51,7 @@ class Vocabulary:
     unknown: int
     padding: int | None
     files: tuple[Path, ...]
+    unnamed: int
 
 
 def read(folders: Sequence[Path], rows: int, file: Path | None = None) -> Vocabulary:
@@ -79,7 +82,8 @@ def read(folders: Sequence[Path], rows: int, file: Path | None = None) -> Vocabu
     scores = [float(piece.score) for piece in model.pieces]
     kinds = [int(piece.type) for piece in model.pieces]
     folder, added, files = _added(folders)
-    if rows - size - len([number for number in added if number >= size]) > MOST_PADDING:
+    unnamed = rows - size - sum(size <= number < rows for number in added)
+    if unnamed > MOST_PADDING:
         raise ConversionError(
             f"{path} has {size} pieces and the embedding table of {folders[0]} {rows} rows; "
             "they belong to different models"
@@ -113,6 +117,7 @@ def read(folders: Sequence[Path], rows: int, file: Path | None = None) -> Vocabu
         trainer.unk_id,
         padding,
         (path, *files),
+        unnamed,
     )
 
 

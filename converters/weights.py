@@ -10,11 +10,13 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from xraygpt_lite import compare
 from xraygpt_lite.converters import precision
 from xraygpt_lite.converters.families import Parts
 from xraygpt_lite.converters.language import LanguageModel
+from xraygpt_lite.converters.progress import Progress
 from xraygpt_lite.converters.staging import Staging
 from xraygpt_lite.errors import ConversionError
 from xraygpt_lite.llm.quantize import quantize
@@ -33,6 +35,24 @@ ANSWERS = ("first_token_kl", "first_token_top1", "texts_identical")
 """The figures of `compare` that need the language model as it is stored."""
 
 
+class Room(NamedTuple):
+    """Bytes that each step writes, about.
+
+    Attributes
+    ----------
+    graphs
+        The float32 ones.
+    encoder
+        The bundle's, where it is smaller.
+    llm
+        The language model as it is stored, and a smaller one beside it.
+    """
+
+    graphs: int
+    encoder: int
+    llm: int
+
+
 def llm_type(llm: LanguageModel, asked: str | None) -> str:
     """The language model's weight type in the bundle; "auto" and None are decided. Raises as `LanguageModel`."""
     if asked != AUTO:
@@ -40,12 +60,6 @@ def llm_type(llm: LanguageModel, asked: str | None) -> str:
     if llm.own_type not in ("f32", "f16"):
         return llm.weight_type(None)
     return llm.weight_type("q4_k_m" if _source_bytes(llm) * 8 / BITS[llm.own_type] >= LARGE else "q8_0")
-
-
-def _vision_bytes(parts: Parts, draft: Manifest) -> int:
-    weights = sum(each.numel() for each in (*parts.vision.parameters(), *parts.projector.parameters()))
-    kept = {"f32": 0, "f16": 2, "int8": 1}[draft.weight_types["vision"]]  # float32 is shared with the reference
-    return weights * (4 + kept)
 
 
 def _source_bytes(llm: LanguageModel) -> int:
@@ -65,9 +79,11 @@ def _llm_bytes(llm: LanguageModel, draft: Manifest) -> tuple[int, int]:
     return (0 if kind == "f32" else source), smaller
 
 
-def needed_bytes(parts: Parts, llm: LanguageModel, draft: Manifest) -> int:
-    """What making the bundle takes on the disk, about."""
-    return _vision_bytes(parts, draft) + sum(_llm_bytes(llm, draft))
+def room(parts: Parts, llm: LanguageModel, draft: Manifest) -> Room:
+    """What making the bundle takes on the disk, about; what lies there under two names counts once."""
+    weights = sum(each.numel() for each in (*parts.vision.parameters(), *parts.projector.parameters()))
+    smaller = {"f32": 0, "f16": 2, "int8": 1}[draft.weight_types["vision"]]  # float32 is shared with the reference
+    return Room(4 * weights, smaller * weights, sum(_llm_bytes(llm, draft)))
 
 
 def check_space(output: Path, needed: int) -> None:
@@ -114,7 +130,7 @@ def write_llm(llm: LanguageModel, draft: Manifest, staging: Staging) -> None:
 
 
 def measure(
-    draft: Manifest, llm: LanguageModel, staging: Staging, radiographs: Sequence[Radiograph]
+    draft: Manifest, llm: LanguageModel, staging: Staging, radiographs: Sequence[Radiograph], progress: Progress
 ) -> dict[str, float]:
     """The figures of `compare`; none where nothing was made smaller, and none of answers where memory is too small."""
     types = draft.weight_types
@@ -122,15 +138,18 @@ def measure(
     if lossless and types["vision"] == "f32":
         return {}
     reference = staging.reference / "llm.gguf"
-    too_large = _physical_memory() < 1.3 * reference.stat().st_size
+    graphs = sum(path.stat().st_size for path in staging.reference.glob("*.onnx*"))
+    too_large = _physical_memory() < 1.1 * (reference.stat().st_size + graphs)  # both are in memory at once
     if too_large:
         reference.unlink()
         _share(staging.bundle / "llm.gguf", reference)
-    observed = []
-    for folder in (staging.reference, staging.bundle):
+    expected: list[compare.Observation] = []
+    seen: list[compare.Observation] = []
+    progress.counting(lambda: len(expected) + len(seen), 2 * len(radiographs), "radiographs")
+    for folder, observed in ((staging.reference, expected), (staging.bundle, seen)):
         with open_bundle(Bundle(folder, draft, ""), device="cpu") as model:
-            observed.append(compare.observe(model, radiographs))
-    figures = compare.agreement(observed[1], observed[0])
+            observed.extend(compare.observe(model, radiographs))  # one by one: they are being counted
+    figures = compare.agreement(seen, expected)
     return {name: value for name, value in figures.items() if not (too_large and name in ANSWERS)}
 
 

@@ -29,7 +29,8 @@ def panel(title: str, table: dict[str, dict[str, float]], top: int) -> Iterator[
 
 
 def picture(panels: list[tuple[str, dict[str, dict[str, float]]]]) -> str:
-    parts, top = [], 28
+    parts: list[str] = []
+    top = 28
     for title, table in panels:
         parts += panel(title, table, top)
         top += 44 + len(table) * (BAR + GAP)

@@ -6,7 +6,7 @@ One model is opened at a time, so that two of full size need the memory of the l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,6 +19,7 @@ from xraygpt_lite.cache import Cache
 from xraygpt_lite.errors import UsageError
 from xraygpt_lite.imaging.read import read
 from xraygpt_lite.model import XrayModel, open_bundle
+from xraygpt_lite.scoring import log_softmax
 from xraygpt_lite.values import Float32, Manifest, Radiograph
 
 Float64 = npt.NDArray[np.float64]
@@ -40,6 +41,9 @@ FIGURES: Mapping[str, str] = {
 MEAN_COSINE, WORST_COSINE = 0.99, 0.95
 """Image tokens that agree less with the reference's are not good enough."""
 
+SUFFIXES = frozenset({".dcm", ".png", ".jpg", ".jpeg", ".tif", ".tiff"})
+"""Of the radiographs in a folder to compare on."""
+
 
 @dataclass(frozen=True)
 class Observation:
@@ -60,14 +64,12 @@ class Observation:
     ids: tuple[int, ...]
 
 
-def observe(model: XrayModel, radiographs: Iterable[Radiograph]) -> list[Observation]:
-    """One observation a radiograph. Raises as `XrayModel.summarize`."""
-    found = []
+def observe(model: XrayModel, radiographs: Iterable[Radiograph]) -> Iterator[Observation]:
+    """One observation a radiograph, as they are made. Raises as `XrayModel.summarize`."""
     for radiograph in radiographs:
         tokens = model.tokens_of(radiograph)
         ids = model.generate_ids(radiograph, None, MOST_TOKENS)
-        found.append(Observation(tokens.data[0], model.trace(tokens, None, ids[:1])[0], ids))
-    return found
+        yield Observation(tokens.data[0], model.trace(tokens, None, ids[:1])[0], ids)
 
 
 def agreement(seen: Sequence[Observation], reference: Sequence[Observation]) -> dict[str, float]:
@@ -132,7 +134,7 @@ def bundles(path: Path, against: Path, images: Path | None, *, device: str = "au
     observed = []
     for bundle in checked:
         with open_bundle(bundle, device=device) as model:
-            observed.append(observe(model, radiographs))
+            observed.append(list(observe(model, radiographs)))
     return agreement(observed[1], observed[0])
 
 
@@ -163,17 +165,15 @@ def check_images(folder: Path | None) -> list[Radiograph]:
     """
     if folder is None:
         with resources.as_file(resources.files("xraygpt_lite.examples")) as examples:
-            return _radiographs(examples)
+            return [read(path) for path in image_files(examples)]
+    return [read(path) for path in image_files(folder)]
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The files that `check_images` reads, and raises as it does where there are none."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; it must hold the radiographs to compare on")
-    return _radiographs(folder)
-
-
-def _radiographs(folder: Path) -> list[Radiograph]:
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in {".dcm", ".png", ".jpg", ".jpeg", ".tif", ".tiff"}:
-            found.append(read(path))
+    found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
     if not found:
         raise UsageError(f"{folder} holds no .dcm, .png, .jpg or .tif file; radiographs to compare on are needed")
     return found
@@ -190,11 +190,5 @@ def _cosines(one: Float32, other: Float32) -> Float64:
 
 def _divergence(reference: Float32, seen: Float32) -> float:
     """Σ p · (log p - log q) of the distributions that two rows of logits stand for, nats."""
-    p, q = _log_softmax(reference), _log_softmax(seen)
+    p, q = log_softmax(reference), log_softmax(seen)
     return max(0.0, float((np.exp(p) * (p - q)).sum()))
-
-
-def _log_softmax(logits: Float32) -> Float64:
-    shifted = logits.astype(np.float64) - float(logits.max())
-    logs: Float64 = shifted - np.log(np.exp(shifted).sum())
-    return logs

@@ -45,6 +45,8 @@ class Parts:
         What changes the language model, for a family whose checkpoint carries it.
     image_size
         Side of the square input that the networks were made for, pixels; None is the template's.
+    notes
+        What whoever converts has to know, a sentence each.
     """
 
     vision: nn.Module
@@ -53,6 +55,7 @@ class Parts:
     ignored: tuple[str, ...]
     lora: Lora | None = None
     image_size: int | None = None
+    notes: tuple[str, ...] = ()
 
     def unloaded(self) -> Parts:
         """The same without its networks, whose memory is free once nothing else holds them."""

@@ -32,6 +32,7 @@ def projector(
     width: int,
     *,
     joined: int | None = None,
+    several: bool = False,
     ignored: tuple[str, ...] = (),
 ) -> tuple[Projector, tuple[str, ...]]:
     """Read the layer for `features` that the vision file really gives and a language model of `width`.
@@ -40,6 +41,8 @@ def projector(
     ----------
     joined
         How wide MiniGPT-Med's features would be with this vision file, where that is known.
+    several
+        Whether the layer may give several image tokens for each row of features, side by side.
     ignored
         Patterns of further tensors that the file may hold.
 
@@ -61,7 +64,7 @@ def projector(
             f"{WEIGHT!r} of {source.path} has shape {shape} and the vision file gives {features} features: this is the "
             f"layer of another model than {family}, which is fed by {FED_BY[family]}. {_instead(family, shape, joined)}"
         )
-    if shape[0] % width:
+    if shape[0] % width if several else shape[0] != width:
         raise ConversionError(
             f"{WEIGHT!r} of {source.path} gives {shape[0]} values and the language model is {width} wide; "
             "the layer belongs to a language model of another size"

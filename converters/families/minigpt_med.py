@@ -16,7 +16,7 @@ from xraygpt_lite.converters.checkpoint import Checkpoint, fill
 from xraygpt_lite.converters.families import Parts, Settings, eva
 from xraygpt_lite.converters.families.linear import JOINED, projector
 from xraygpt_lite.converters.recognise import expect
-from xraygpt_lite.errors import ConversionError
+from xraygpt_lite.errors import ConversionError, UsageError
 
 FAMILY = "minigpt-med"
 SETTINGS = ("vision.num_heads", "vision.image_size", "lora.alpha")
@@ -50,7 +50,7 @@ def load(inputs: Mapping[str, Path], width: int, settings: Mapping[str, str]) ->
     ConversionError
         A file is of another family, or its names, shapes or values do not fit.
     UsageError
-        A setting that this family does not have.
+        A setting that this family does not have, or that this checkpoint has no use for.
     """
     chosen = Settings(settings, SETTINGS)
     sources = {role: Checkpoint(inputs[role]) for role in ("vision", "checkpoint")}
@@ -68,9 +68,13 @@ def load(inputs: Mapping[str, Path], width: int, settings: Mapping[str, str]) ->
     other = (r"^ln_vision\.", lora.MARK)
     layer, rest = projector(checkpoint, FAMILY, JOINED * vit.width, width, ignored=other)
     used = {name for name in checkpoint.shapes if re.search(lora.MARK, name)}
-    adapter = lora.Lora(checkpoint, chosen.number("lora.alpha") or ALPHA) if used else None
+    alpha = chosen.number("lora.alpha")
+    if alpha is not None and not used:
+        raise UsageError(f"--set lora.alpha={alpha:g}: {checkpoint.path} holds no LoRA; leave it out")
+    adapter = lora.Lora(checkpoint, alpha or ALPHA) if used else None
+    notes = () if used else (f"{checkpoint.path} holds no LoRA: the language model stays as it is",)
     if any(name in checkpoint for name in NORM.values()):
         fill(encoder.norm, checkpoint, NORM, ignored=(r"^llama_proj\.", lora.MARK))
         used |= set(NORM.values())
     ignored = tuple(name for name in rest if name not in used)
-    return Parts(encoder, layer, sources, (*unused, *ignored), lora=adapter, image_size=size)
+    return Parts(encoder, layer, sources, (*unused, *ignored), lora=adapter, image_size=size, notes=notes)

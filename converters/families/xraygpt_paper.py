@@ -21,7 +21,7 @@ from xraygpt_lite.converters.recognise import expect
 from xraygpt_lite.errors import ConversionError
 
 FAMILY = "xraygpt-paper"
-SETTINGS = ("vision.num_heads",)
+SETTINGS = ("vision.num_heads", "vision.image_size")
 IGNORED = (r"^text_model\.", r"^logit_scale$")
 ENCODER = "vision_model.model."
 HEAD = "vision_model.projection_head.weight"
@@ -67,14 +67,16 @@ def load(inputs: Mapping[str, Path], width: int, settings: Mapping[str, str]) ->
     vision, checkpoint = Checkpoint(inputs["vision"]), Checkpoint(inputs["checkpoint"])
     kind = expect(vision, "--vision", FAMILY)
     expect(checkpoint, "--checkpoint", FAMILY)
-    heads = chosen.integers("vision.num_heads")
-    encoder, features, ignored = _swin(vision, heads) if kind == "medclip-swin" else _resnet(vision, heads)
-    layer, unused = projector(checkpoint, FAMILY, features, width)
+    heads, size = chosen.integers("vision.num_heads"), chosen.integer("vision.image_size")
+    encoder, features, ignored = _swin(vision, heads, size) if kind == "medclip-swin" else _resnet(vision, heads)
+    layer, unused = projector(checkpoint, FAMILY, features, width, several=True)
     sources = {"vision": vision, "checkpoint": checkpoint}
-    return Parts(encoder, layer, sources, (*ignored, *unused))
+    return Parts(encoder, layer, sources, (*ignored, *unused), image_size=size)
 
 
-def _swin(source: Checkpoint, heads: tuple[int, ...] | None) -> tuple[nn.Module, int, tuple[str, ...]]:
+def _swin(
+    source: Checkpoint, heads: tuple[int, ...] | None, size: int | None
+) -> tuple[nn.Module, int, tuple[str, ...]]:
     patch = shape(source, f"{ENCODER}embeddings.patch_embeddings.projection.weight", 4)
     layer = f"{ENCODER}encoder.layers."
     depths = _counts(source, re.escape(layer) + r"(\d+)\.blocks\.(\d+)\.")
@@ -86,6 +88,13 @@ def _swin(source: Checkpoint, heads: tuple[int, ...] | None) -> tuple[nn.Module,
         raise ConversionError(
             f"--set vision.num_heads={_list(heads)} contradicts {source.path}, whose tables have {_list(stored)}"
         )
+    window = (math.isqrt(tables[0][0]) + 1) // 2
+    smallest = patch[2] * 2 ** (len(depths) - 1) * (window - 1) + 1  # each stage halves the patches, rounded up
+    if size is not None and size < smallest:
+        raise ConversionError(
+            f"--set vision.image_size={size} leaves the last stage of {source.path} fewer patches than one of its "
+            f"windows of {window} x {window} has; it takes {smallest} pixels or more"
+        )
     first = f"{layer}0.blocks.0."
     config = SwinConfig(
         patch_size=patch[2],
@@ -93,7 +102,7 @@ def _swin(source: Checkpoint, heads: tuple[int, ...] | None) -> tuple[nn.Module,
         embed_dim=patch[0],
         depths=list(depths),
         num_heads=list(stored),
-        window_size=(math.isqrt(tables[0][0]) + 1) // 2,
+        window_size=window,
         mlp_ratio=shape(source, f"{first}intermediate.dense.weight", 2)[0] / patch[0],
         qkv_bias=f"{first}attention.self.query.bias" in source,
     )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
+import make_checkpoints
 import make_llama_files as files
 import pytest
 import torch
-from torch import Tensor
 
 from xraygpt_lite import cli
+from xraygpt_lite.converters import language
 
 
 class Payload:
@@ -89,8 +91,6 @@ def _garbage(path: Path) -> list[str]:
 
 
 def _truncated(path: Path) -> list[str]:
-    from xraygpt_lite.converters import language
-
     language.read({"llm": files.folder(path / "llm", files.weights())}).write(path / "llm.gguf", "f16", "x")
     (path / "llm.gguf").write_bytes((path / "llm.gguf").read_bytes()[:-100])
     return ["--llm", str(path / "llm.gguf")]
@@ -119,37 +119,60 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = {
 }
 
 
+def refused(capsys: pytest.CaptureFixture[str], folder: Path, bundle: Path, family: str, inputs: list[str]) -> str:
+    """Run a command that has to end with exit code 1, the bundle at its target untouched; its last line of stderr."""
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    with pytest.raises(SystemExit) as end:
+        cli.main(["convert", family, *inputs, "-o", str(bundle), "--force"])
+    printed = capsys.readouterr()
+    assert end.value.code == 1
+    assert "Traceback" not in printed.err
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    return printed.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_cannot_be_used_leaves_the_target_as_it_is(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bundle_copy: Path, case: str
 ) -> None:
-    before = {path.name: path.read_bytes() for path in bundle_copy.iterdir()}
     make, parts = CASES[case]
     (tmp_path / "in").mkdir()
     inputs = ["--vision", str(made / "medclip_resnet.bin"), "--checkpoint", str(made / "linear.pth")]
     inputs += make(tmp_path / "in")
-    with pytest.raises(SystemExit) as end:
-        cli.main(["convert", "xraygpt-paper", *inputs, "-o", str(bundle_copy), "--force"])
-    printed = capsys.readouterr()
-    assert end.value.code == 1
-    error = printed.err.splitlines()[-1]
+    error = refused(capsys, tmp_path, bundle_copy, "xraygpt-paper", inputs)
     assert [part for part in parts if part.format(path=tmp_path / "in") not in error] == []
-    assert "Traceback" not in printed.err
-    assert {path.name: path.read_bytes() for path in bundle_copy.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert not (tmp_path / "in" / "ran").exists()
 
 
-def test_a_lora_of_another_width_or_over_a_gguf_leaves_nothing(tmp_path: Path) -> None:
-    """Through the step that every conversion takes: a family's LoRA is handed to the language model."""
-    from xraygpt_lite.converters import language
-    from xraygpt_lite.converters.checkpoint import Checkpoint
-    from xraygpt_lite.converters.lora import Lora
-    from xraygpt_lite.errors import ConversionError
-
-    wide: dict[str, Tensor] = files.lora(files.CONFIG | {"hidden_size": 96})
-    torch.save({"model": wide}, tmp_path / "med.pth")
-    model = language.read({"llm": files.folder(tmp_path / "llm", files.weights())})
-    with pytest.raises(ConversionError, match=r"q_proj.lora_A.default.weight' .*med.pth .*another width") as error:
-        model.merge(Lora(Checkpoint(tmp_path / "med.pth"), 16))
-    assert error.value.exit_code == 1
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (
+            "width",
+            r"q_proj.lora_A.default.weight' \(4, 96\) .*med.pth .* trained for a language model of another width",
+        ),
+        ("gguf", r"the LoRA of .*med.pth cannot be merged into --llm .*llm.gguf, a GGUF; give the Hugging Face folder"),
+    ],
+)
+def test_a_lora_that_cannot_be_merged_leaves_the_target_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], bundle_copy: Path, case: str, message: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    given = make_checkpoints.released(tmp_path / "in", files.CONFIG["hidden_size"])
+    llm = files.folder(tmp_path / "in" / "llm", files.weights())
+    if case == "gguf":
+        language.read({"llm": llm}).write(llm / "llm.gguf", "f16", "x")
+        llm = llm / "llm.gguf"
+    else:
+        root = torch.load(given / "med.pth", weights_only=True)
+        kept = {name: value for name, value in root["model"].items() if "lora_" not in name}
+        torch.save({"model": kept | files.lora(files.CONFIG | {"hidden_size": 96})}, given / "med.pth")
+    inputs = ["--vision", str(given / "eva.pth"), "--checkpoint", str(given / "med.pth"), "--llm", str(llm)]
+    sizes = [
+        "--set",
+        "vision.num_heads=4",
+        "--set",
+        f"vision.image_size={make_checkpoints.LARGE * make_checkpoints.PATCH}",
+    ]
+    assert re.search(message, refused(capsys, tmp_path, bundle_copy, "minigpt-med", [*inputs, *sizes]))

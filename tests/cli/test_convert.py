@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import make_llama_files
 import pytest
 
 from xraygpt_lite import cli
@@ -34,8 +38,73 @@ def test_a_conversion(
     assert bundle.id[:12] in printed.out
     assert "text_model.projection_head.weight" in printed.err
     assert "model.layers.*.self_attn.rotary_emb.inv_freq" in printed.err
+    assert "vision_model.model.layer*.*.bn*.num_batches_tracked (9)" in printed.err
+    assert "note: " not in printed.err
     assert run("xraygpt-paper", *FILES, "-o", str(output)) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+FORKED = """
+import json, os, signal, sys
+from xraygpt_lite.cli import main
+from xraygpt_lite.converters import assemble  # once for all, for it takes seconds
+from xraygpt_lite.converters.families import xraygpt_paper
+
+def run(step, number):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.dup2(writer, 2)
+        try:
+            main(sys.argv[1:])
+        except SystemExit as end:
+            os._exit(end.code)
+    os.close(writer)
+    lines = []
+    for line in os.fdopen(reader):
+        lines.append(line.rstrip())
+        if line.startswith(step):
+            os.kill(child, number)
+            step = "never again"
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), lines
+
+stops = [("writing the language", signal.SIGINT), ("comparing", signal.SIGTERM), ("comparing", signal.SIGKILL)]
+print(json.dumps([run(*stop) for stop in (*stops, ("never", 0))]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no fork, and no SIGKILL")
+def test_a_conversion_that_is_interrupted_and_goes_on_makes_the_same_bundle(made: Path, tmp_path: Path) -> None:
+    inputs = [str(made / value) if n % 2 else value for n, value in enumerate(FILES)]
+    command = ["convert", "xraygpt-paper", *inputs, "--quant", "q8_0", "-o"]
+    assert run(*command[1:], str(tmp_path / "at once")) == 0
+    output = tmp_path / "bundle"
+    script = [sys.executable, "-c", FORKED, *command, str(output)]
+    done = subprocess.run(script, capture_output=True, text=True, check=True, timeout=120)
+    (first, *lines), second, third, last = ((code, *lines) for code, lines in json.loads(done.stdout.splitlines()[-1]))
+    kept = f"interrupted; finished steps are kept in {tmp_path / '.bundle.partial'}, and the same command goes on there"
+    assert (first, lines[-1]) == (130, f"xraygpt-lite: error: {kept}")
+    assert (second[0], second[-1]) == (130, lines[-1])
+    assert third[0] == -signal.SIGKILL
+    for each in (second, third, last):
+        assert "exporting vision and projector to ONNX … (kept)" in each
+    assert "writing the language model as q8_0 … (kept)" in third
+    assert last[0] == 0
+    ids = [store.load(folder, Cache(None)).id for folder in (output, tmp_path / "at once")]
+    assert ids[0] == ids[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["at once", "bundle"]
+
+
+def test_what_is_to_be_known_is_noted(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(made)
+    llm = make_llama_files.folder(tmp_path / "llm", make_llama_files.weights(rows=400))
+    assert run("xraygpt-paper", *FILES[:4], "--llm", str(llm), "-o", str(tmp_path / "bundle"), "--quant", "f32") == 0
+    note = "note: 16 rows of the embedding table stand for no piece of the vocabulary (padding)\n"
+    assert note in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -88,6 +157,7 @@ def test_help_says_which_files_look_alike(capsys: pytest.CaptureFixture[str], fa
     assert "look alike and cannot be told apart" in printed
     assert other in printed
     assert "--qformer" in printed
+    assert "A delta, as Vicuna's first weights are, is no model alone: give it as --llm-delta." in printed
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -183,7 +183,7 @@ def test_the_bundle_verifies_and_its_answer_follows_the_image(
         record, repeated = (model.summarize(images[0], options=GenerationOptions(max_tokens=8)) for _ in range(2))
         assert record.image_tokens == bundle.manifest.image_tokens
         assert record.raw_text == repeated.raw_text
-        assert record.bundle_name == family
+        assert (record.bundle_name, record.options.preset) == (family, "greedy")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import click
 
-from xraygpt_lite.cli import console
+from xraygpt_lite.cli import console, interrupt
 from xraygpt_lite.cli.progress import Bar
 from xraygpt_lite.errors import MissingPackageError, UsageError
 
@@ -61,7 +62,8 @@ FAMILIES = {
     ),
     "xraygpt-paper": Family(
         "XrayGPT as its paper describes it: MedCLIP, one linear layer, Vicuna.",
-        "Swin's heads stand in its tables: vision.num_heads only has to agree with them.",
+        "The size that tensors cannot tell: vision.image_size. Swin's heads stand in its tables: vision.num_heads only "
+        "has to agree with them.",
         "MedCLIP's pytorch_model.bin, with the Swin or the ResNet-50 encoder.",
         "The trained linear layer (llama_proj).",
     ),
@@ -100,7 +102,8 @@ def _input_options(texts: Family) -> Callable[[_F], _F]:
 def _llm_options(function: _F) -> _F:
     """--llm, or --llm-base and --llm-delta; --tokenizer."""
     help_ = {
-        "--llm": "Hugging Face Llama folder (config.json, tokenizer.model, weights as safetensors or .bin), or a GGUF.",
+        "--llm": "Hugging Face Llama folder (config.json, tokenizer.model, weights as safetensors or .bin), or a GGUF. "
+        "A delta, as Vicuna's first weights are, is no model alone: give it as --llm-delta.",
         "--llm-base": "The Hugging Face folder that --llm-delta is added to; both instead of --llm.",
         "--llm-delta": "Folder of a delta, as Vicuna was published: base + delta is the language model.",
         "--tokenizer": "A tokenizer.model, where the language model's folders have none.",
@@ -142,23 +145,33 @@ def _add(family: str, texts: Family) -> None:
         name: str | None,
         force: bool,
         **paths: Path | None,
-    ) -> None:
+    ) -> int:
         settings = _settings(pairs)
         _require_packages()
-        from xraygpt_lite.converters import assemble
-
         inputs = {role.replace("_", "-"): path for role, path in paths.items() if path is not None}
-        request = assemble.Request(family, inputs, output, quant, vision_type, settings, name, force, check_images)
-        with Bar() as bar:
-            outcome = assemble.convert(request, bar)
+        try:
+            with interrupt.heard():
+                from xraygpt_lite.converters import assemble
+
+                request = assemble.Request(
+                    family, inputs, output, quant, vision_type, settings, name, force, check_images
+                )
+                with Bar() as bar:
+                    outcome = assemble.convert(request, bar)
+        except KeyboardInterrupt as cut:
+            console.error(str(cut) or "interrupted")
+            return 130
         if outcome.ignored:
             click.echo(f"ignored, as nothing uses them: {_shortened(outcome.ignored)}", err=True)
+        for note in outcome.notes:
+            click.echo(f"note: {note}", err=True)
         manifest = outcome.bundle.manifest
         figures = ", ".join(f"{key} {value:.4g}" for key, value in manifest.agreement.items())
         for warning in manifest.warnings:
             console.warn(warning)
         megabytes = sum(entry.size for entry in manifest.files) / 1e6
         console.out(f"{output}: {manifest.name}, {megabytes:.1f} MB, id {outcome.bundle.id[:12]} ({figures})\n")
+        return 0
 
 
 def _settings(pairs: tuple[str, ...]) -> dict[str, str]:
@@ -188,8 +201,8 @@ def _found(name: str) -> bool:
 
 
 def _shortened(names: tuple[str, ...]) -> str:
-    """Names with their numbers replaced by *, each once."""
-    short = [".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names]
+    """Names with the numbers of their parts replaced by *, as in `layer*.bn*.bias`, each once."""
+    short = [re.sub(r"\d+(?=\.|$)", "*", name) for name in names]
     return ", ".join(f"{name} ({count})" if (count := short.count(name)) > 1 else name for name in dict.fromkeys(short))
 
 

@@ -1,7 +1,8 @@
-"""How far a long command is, on stderr: a line a step, and on a terminal one that counts."""
+"""How far a long command is, on stderr: a line a step, and on a terminal one below it that is drawn anew."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 import time
@@ -13,44 +14,51 @@ import click
 EVERY = 0.5
 """Seconds between two looks."""
 
+WIDTH = 20
+"""Characters of a whole bar."""
+
+SOON = 2.0
+"""Seconds after which a pace can be told."""
+
 
 class Bar:
-    """Steps, and below the newest the bytes on the disk with an estimate of the time left; use it in a `with`."""
+    """Steps, and below the newest how far it is, with an estimate of the time left; use it in a `with`."""
 
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
         self._done = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         self._lock = threading.Lock()
+        self._count = Count()
 
     def __enter__(self) -> Bar:
+        if self._live:
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._done.set()
-        if self._thread is not None:
+        if self._live:
             self._thread.join()
 
-    def step(self, text: str) -> None:
-        """Begin a new line with the step's name."""
+    def step(self, text: str, *, kept: bool = False) -> None:
+        """Begin a new line with the step's name; `kept` is one that an earlier run has finished."""
         with self._lock:
             self._clear()
-            click.echo(f"{text} …", err=True)
+            click.echo(f"{text} …{' (kept)' if kept else ''}", err=True)
+            self._count = Count()
 
-    def writing(self, written: Callable[[], int], expected: int) -> None:
-        """Count from here on, on a terminal: `written()` of about `expected` bytes."""
+    def counting(self, done: Callable[[], int], expected: int, unit: str) -> None:
+        """Count from here to the step's end, on a terminal: `done()` of about `expected` "bytes", "radiographs" …"""
         if self._live:
-            self._thread = threading.Thread(target=self._count, args=(written, expected), daemon=True)
-            self._thread.start()
+            with self._lock:
+                self._count = Count(done, expected, unit)
 
-    def _count(self, written: Callable[[], int], expected: int) -> None:
-        began, first = time.monotonic(), _or_none(written) or 0
+    def _watch(self) -> None:
         while not self._done.wait(EVERY):
-            now = _or_none(written)
-            if now is not None:
-                with self._lock:
-                    self._clear()
-                    click.echo(line(now, expected, now - first, time.monotonic() - began), err=True, nl=False)
+            with self._lock:
+                self._clear()
+                click.echo(self._count.line()[: shutil.get_terminal_size().columns - 1], err=True, nl=False)
         self._clear()
 
     def _clear(self) -> None:
@@ -58,19 +66,52 @@ class Bar:
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
-def line(written: int, expected: int, fresh: int, seconds: float) -> str:
-    """`written` of `expected` bytes, and the time left at the pace of the `fresh` ones in so many seconds."""
-    share = min(written / max(expected, 1), 0.99)
-    text = f"  {share:4.0%}  {written / 1e9:.2f} of about {expected / 1e9:.2f} GB"
-    if fresh <= 0 or seconds < 2 or written >= expected:
-        return text
-    left = round((expected - written) / fresh * seconds)
-    return f"{text}, about {left // 60} min {left % 60:02} s left"
+class Count:
+    """How far one step is, at its own pace. Nothing is expected of a step that cannot be counted."""
+
+    def __init__(self, done: Callable[[], int] = lambda: 0, expected: int = 0, unit: str = "") -> None:
+        self._done, self._expected, self._unit = done, expected, unit
+        self._first = self._latest = _or_none(done) or 0
+        self._began = self._moved = time.monotonic()
+
+    def line(self) -> str:
+        """As it is now."""
+        now, seen = time.monotonic(), _or_none(self._done)
+        if seen is not None and seen != self._latest:
+            self._latest, self._moved = seen, now
+        left = remaining(self._latest - self._first, self._expected - self._latest, self._moved - self._began)
+        return line(self._latest, self._expected, self._unit, now - self._began, left - (now - self._moved))
 
 
-def _or_none(written: Callable[[], int]) -> int | None:
+def remaining(fresh: int, missing: int, seconds: float) -> float:
+    """Seconds that what is missing takes at the pace of the `fresh` ones in so many seconds; 0: nobody knows."""
+    return missing / fresh * seconds if fresh > 0 and seconds >= SOON else 0.0
+
+
+def line(done: int, expected: int, unit: str, seconds: float, left: float) -> str:
+    """A bar of `done` of `expected`, and the time left, or where nobody knows that (0 or less) the time it took."""
+    time_ = f"about {_minutes(left)} left" if left > 0 else f"{_minutes(seconds)} so far"
+    if expected <= 0:
+        return f"  {time_}"
+    share = min(done / expected, 0.99)
+    bar = "#" * int(share * WIDTH)
+    return f"  [{bar:-<{WIDTH}}] {share:4.0%}  {_amount(done, expected, unit)}, {time_}"
+
+
+def _amount(done: int, expected: int, unit: str) -> str:
+    if unit != "bytes":
+        return f"{done} of {expected} {unit}"
+    size, name = (1e9, "GB") if expected >= 1e9 else (1e6, "MB")
+    return f"{done / size:.2f} of about {expected / size:.2f} {name}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02} s"
+
+
+def _or_none(done: Callable[[], int]) -> int | None:
     """None while files come and go under the count."""
     try:
-        return written()
+        return done()
     except OSError:
         return None

@@ -227,7 +227,8 @@ class Context:
         found = self._lib.llama_get_logits_ith(self.pointer, row)
         if not found:
             raise NativeError(f"row {row} of the last batch has no logits")
-        return np.frombuffer(self._row_type.from_address(ctypes.addressof(found.contents)), np.float32)
+        memory: Any = self._row_type.from_address(ctypes.addressof(found.contents))
+        return np.frombuffer(memory, np.float32)
 
     def cut(self, sequence: int, rows: int) -> None:
         """Drop a sequence's rows from position `rows` on."""

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from xraygpt_lite.converters import opcodes
 from xraygpt_lite.converters.checkpoint import Checkpoint, fill, take_all
 from xraygpt_lite.errors import ConversionError
 
@@ -38,6 +40,31 @@ def test_a_pickle_that_would_run_code_is_not_run(tmp_path: Path, form: str) -> N
     with pytest.raises(ConversionError, match=r"evil\.pth .*system.* not loaded"):
         Checkpoint(path)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("form", ["archive", "legacy", "plain pickle"])
+def test_what_a_pickle_asks_for_is_named_in_every_protocol(tmp_path: Path, form: str, protocol: int) -> None:
+    mark, path = tmp_path / "ran", tmp_path / "evil.pth"
+    content = {"module": OrderedDict(name="posix"), "again": "posix", "config": Payload(mark)}
+    if form == "plain pickle":
+        path.write_bytes(pickle.dumps(content, protocol=protocol))
+    else:
+        new = form == "archive"
+        torch.save(content, path, pickle_protocol=max(protocol, 1), _use_new_zipfile_serialization=new)
+    with pytest.raises(ConversionError, match=r"evil\.pth asks for \w+\.system while .* not loaded"):
+        Checkpoint(path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x04", b"\x80\x04\x93.", b"\x80\x04j\xff\xff\xff\xff.", b"PK\x05\x06" + bytes(18)]
+)
+def test_opcodes_that_lead_nowhere_name_nothing(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pth").write_bytes(content)
+    assert not opcodes.foreign_name(tmp_path / "x.pth")
+    with pytest.raises(ConversionError, match=r"x\.pth is "):
+        Checkpoint(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("kept", [0, 3, 100, 1500])
@@ -111,6 +138,11 @@ def test_missing_shards_and_absent_names_are_refused(tmp_path: Path) -> None:
     torch.save({"v": torch.ones(2), "w": torch.ones(2)}, tmp_path / "b.bin")
     with pytest.raises(ConversionError, match=r"'w' is in a.bin and again"):
         Checkpoint(tmp_path)
+    torch.save({"v": torch.ones(2), "x": torch.ones(2)}, tmp_path / "b.bin")
+    with pytest.raises(ConversionError, match=r"b\.bin holds 'x', which .*index\.json does not list"):
+        Checkpoint(tmp_path)
+    torch.save({"v": torch.ones(2), "a.rotary_emb.inv_freq": torch.ones(2)}, tmp_path / "b.bin")
+    assert "a.rotary_emb.inv_freq" in Checkpoint(tmp_path).shapes
     torch.save({"v": torch.ones(2)}, tmp_path / "b.bin")
     assert set(Checkpoint(tmp_path).shapes) == {"v", "w"}
 

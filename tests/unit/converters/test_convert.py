@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -13,19 +14,22 @@ import numpy as np
 import onnx as onnx_library
 import pytest
 import torch
+from gguf import GGUFReader
 from onnx import numpy_helper
 from safetensors.torch import save_file
+from tiny_bundle import plain_manifest
 from torch import Tensor, nn
 
 from xraygpt_lite import compare, verify
 from xraygpt_lite.bundle import store
 from xraygpt_lite.cache import Cache
-from xraygpt_lite.converters import onnx, precision, weights
+from xraygpt_lite.converters import assemble, onnx, precision, weights
 from xraygpt_lite.converters.assemble import Request, convert
 from xraygpt_lite.converters.families import FAMILIES, Parts, Projector, loader
 from xraygpt_lite.converters.families.nih_tiny import GridEncoder
 from xraygpt_lite.errors import ConversionError, UsageError
 from xraygpt_lite.model import open_bundle
+from xraygpt_lite.values import Bundle
 
 WIDTH = 64
 
@@ -39,18 +43,23 @@ def request_(made: Path, tmp_path: Path) -> Request:
 
 
 class Told:
-    """The steps that a conversion named, and what it expected to write."""
+    """The steps that a conversion named, and for each that was counted: (unit, expected, done at its end)."""
 
     def __init__(self) -> None:
         self.steps: list[str] = []
-        self.expected = 0
+        self.counts: dict[str, tuple[str, int, int]] = {}
+        self._asked: tuple[Callable[[], int], int, str] | None = None
 
-    def step(self, text: str) -> None:
-        self.steps.append(text)
+    def step(self, text: str, *, kept: bool = False) -> None:
+        if self._asked is not None:
+            done, expected, unit = self._asked
+            self.counts[self.steps[-1]] = (unit, expected, done())
+            self._asked = None
+        self.steps.append(f"{text} (kept)" if kept else text)
 
-    def writing(self, written: Callable[[], int], expected: int) -> None:
-        assert written() == 0
-        self.expected = expected
+    def counting(self, done: Callable[[], int], expected: int, unit: str) -> None:
+        assert done() == 0
+        self._asked = (done, expected, unit)
 
 
 def test_every_family_has_a_loader_and_a_command() -> None:
@@ -73,7 +82,13 @@ def test_a_quantized_bundle_replaces_another_only_with_force(request_: Request) 
         "comparing with what was not made smaller",
         "recording the self-test",
         "hashing",
+        "checking the finished bundle",
     ]
+    assert {told.counts[step][0] for step in told.steps if step.startswith(("exporting", "writing"))} == {"bytes"}
+    assert told.counts["comparing with what was not made smaller"] == ("radiographs", 6, 6)
+    unit, expected, hashed = told.counts["hashing"]
+    assert (unit, hashed) == ("bytes", expected)
+    assert hashed > sum(entry.size for entry in outcome.bundle.manifest.files)
     manifest = outcome.bundle.manifest
     assert (manifest.name, manifest.image_tokens, manifest.width) == ("mine", 1, WIDTH)
     assert manifest.weight_types == {"vision": "f32", "projector": "f32", "llm": "q8_0"}
@@ -174,10 +189,35 @@ def test_settings(made: Path) -> None:
         loader("xraygpt-paper")(inputs, WIDTH, {"vision.num_heads": "3,6"})
     with pytest.raises(UsageError, match=r"expected positive integers"):
         loader("xraygpt-paper")(inputs, WIDTH, {"vision.num_heads": "2,x"})
-    with pytest.raises(UsageError, match=r"no such setting; it has: vision.num_heads"):
+    with pytest.raises(UsageError, match=r"no such setting; it has: vision.num_heads, vision.image_size$"):
         loader("xraygpt-paper")(inputs, WIDTH, {"vision.depth": "2"})
     with pytest.raises(ConversionError, match=r"is a ResNet, which has no heads"):
         loader("xraygpt-paper")(inputs | {"vision": made / "medclip_resnet.bin"}, WIDTH, {"vision.num_heads": "2"})
+
+
+@pytest.mark.parametrize(("file", "size"), [("medclip_swin.bin", 99), ("medclip_resnet.bin", 64)])
+def test_graphs_of_another_image_size_compute_what_torch_does(made: Path, tmp_path: Path, file: str, size: int) -> None:
+    inputs = {"vision": made / file, "checkpoint": made / "linear.pth"}
+    parts = loader("xraygpt-paper")(inputs, WIDTH, {"vision.image_size": str(size)})
+    assert parts.image_size == size
+    image = replace(plain_manifest().image, size=size)
+    bundle = Bundle(tmp_path, replace(plain_manifest(), image=image, image_tokens=1, width=WIDTH), "")
+    with torch.no_grad():
+        onnx.export_parts(parts, size, tmp_path)
+        assert max(onnx.agreement(onnx.reference(parts, size), bundle).values()) <= onnx.TOLERANCE
+
+
+def test_an_image_size_is_the_bundle_s(request_: Request) -> None:
+    image = convert(replace(request_, settings={"vision.image_size": "64"})).bundle.manifest.image
+    assert image.size == 64
+
+
+def test_images_smaller_than_a_window_are_refused(made: Path) -> None:
+    inputs = {"vision": made / "medclip_swin.bin", "checkpoint": made / "linear.pth"}  # two stages, patches of 4 x 4
+    with pytest.raises(ConversionError, match=r"image_size=48 .* windows of 7 x 7 has; it takes 49 pixels or more"):
+        loader("xraygpt-paper")(inputs, WIDTH, {"vision.image_size": "48"})
+    smallest = loader("xraygpt-paper")(inputs, WIDTH, {"vision.image_size": "49"})
+    assert onnx.shape_of_tokens(smallest, 49) == (1, WIDTH)
 
 
 def test_graphs_that_differ_from_torch_are_not_kept(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,13 +302,47 @@ def test_an_encoder_that_lost_too_much_is_refused_or_says_so(
 
     monkeypatch.setattr(precision, "shrink", noisy)
     request = replace(request_, vision_type="int8")
-    with pytest.raises(ConversionError, match=r"--vision-type int8 the image tokens .* --check-images"):
+    kept = r"--vision-type int8 the image tokens .* --check-images.* with --force; finished steps are kept in .*partial"
+    with pytest.raises(ConversionError, match=kept):
         convert(request)
-    assert list(request.output.parent.iterdir()) == []
-    forced = convert(replace(request, force=True)).bundle.manifest
+    assert not request.output.exists()
+    told = Told()
+    forced = convert(replace(request, force=True), told).bundle.manifest
+    assert [step for step in told.steps if step.startswith("recording")] == told.steps[-3:-2]
+    assert all(step.endswith("(kept)") for step in told.steps[1:-3])
+    assert [path.name for path in request.output.parent.iterdir()] == ["bundle"]
     assert "by force" in forced.warnings[0]
     with open_bundle(store.load(request.output, Cache(None)), device="cpu") as model:
         assert model.summarize(verify.test_radiograph(1)).warnings[: len(forced.warnings)] == forced.warnings
+
+
+def test_another_name_begins_anew(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "measure", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"interrupted; finished steps are kept in .*\.bundle\.partial"):
+            convert(replace(request_, name="first"))
+    told = Told()
+    outcome = convert(replace(request_, name="second"), told)
+    assert not [step for step in told.steps if step.endswith("(kept)")]
+    fields = GGUFReader(outcome.bundle.llm).fields
+    assert fields["general.name"].contents() == "second"
+
+
+def test_what_radiographs_a_comparison_saw_belongs_to_its_result(request_: Request, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("no radiograph")
+    request = replace(request_, check_images=folder)
+
+    def identity(name: str, content: str) -> str:
+        (folder / name).write_text(content)
+        return json.dumps(assemble._identity(request, []))
+
+    assert len({identity("a.png", "1"), identity("a.png", "22"), identity("b.png", "1")}) == 3
+    assert identity("notes.txt", "again") == identity("notes.txt", "another")
 
 
 def test_a_machine_without_the_memory_compares_no_answers(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:

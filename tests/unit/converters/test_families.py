@@ -104,6 +104,14 @@ def test_the_published_image_size_stands_in_template_and_code(family: str, size:
     assert template(family)["image"]["size"] == module.IMAGE_SIZE == size
 
 
+@pytest.mark.parametrize("family", ["xraygpt", "minigpt4", "minigpt-med", "xraygpt-paper"])
+def test_a_record_says_greedy_where_nothing_else_was_asked_for(family: str) -> None:
+    published = template(family)
+    greedy = {name: value for name, value in published["presets"]["greedy"].items() if value is not None}
+    assert published["defaults"] | greedy == published["defaults"]
+    assert published["defaults"]["preset"] == "greedy"
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "message"),
     [
@@ -179,6 +187,24 @@ def test_another_family_s_file_is_refused_with_the_command_to_use(
     settings = {"xraygpt-paper": {}, "nih-tiny": {}, "minigpt-med": MED_SETTINGS}.get(family, SETTINGS)
     with pytest.raises(ConversionError, match=message):
         loader(family)(given | {role: files / file}, WIDTH, settings)
+
+
+@pytest.mark.parametrize("family", ["xraygpt", "minigpt4", "minigpt-med"])
+def test_a_language_model_of_half_the_width_is_refused(
+    inputs: dict[str, Path], med: dict[str, Path], family: str
+) -> None:
+    given, settings = (med, MED_SETTINGS) if family == "minigpt-med" else (inputs, SETTINGS)
+    with pytest.raises(ConversionError, match=r"gives 64 values and the language model is 32 wide; .* another size"):
+        loader(family)(given, WIDTH // 2, settings)
+
+
+def test_a_checkpoint_without_lora_says_so_and_takes_no_alpha(med: dict[str, Path], files: Path) -> None:
+    plain = med | {"checkpoint": files / "med_plain.pth"}
+    (note,) = loader("minigpt-med")(plain, WIDTH, MED_SETTINGS).notes
+    assert note.endswith("med_plain.pth holds no LoRA: the language model stays as it is")
+    assert loader("minigpt-med")(med, WIDTH, MED_SETTINGS | {"lora.alpha": "8"}).notes == ()
+    with pytest.raises(UsageError, match=r"lora.alpha=16: .*med_plain.pth holds no LoRA"):
+        loader("minigpt-med")(plain, WIDTH, MED_SETTINGS | {"lora.alpha": "16"})
 
 
 @pytest.mark.parametrize("width", [512, 768, 5632])

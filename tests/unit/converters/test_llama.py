@@ -125,7 +125,15 @@ def test_rows_without_a_piece_become_unused_tokens(llm: Path) -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         state[name] = torch.cat([state[name], torch.zeros(3, 64)])
     save_file(state, llm / "model.safetensors")
-    assert LlamaFolder(llm).vocabulary.pieces[-3:] == (b"[PAD385]", b"[PAD386]", b"[PAD387]")
+    padded = LlamaFolder(llm)
+    assert padded.vocabulary.pieces[-3:] == (b"[PAD385]", b"[PAD386]", b"[PAD387]")
+    assert padded.notes == ("3 rows of the embedding table stand for no piece of the vocabulary (padding)",)
+
+
+def test_rows_with_a_piece_are_not_spoken_of(llm: Path) -> None:
+    assert LlamaFolder(llm).notes == ()
+    (llm / "tokenizer_config.json").unlink()
+    assert LlamaFolder(llm).notes == ("1 row of the embedding table stands for no piece of the vocabulary (padding)",)
 
 
 @pytest.mark.parametrize("kind", ["unigram", "nmt_nfkc"])

@@ -61,6 +61,28 @@ def test_each_type(graph: Path, tmp_path: Path, kind: str, stored: int, error: f
     assert 0 < difference <= error
 
 
+@pytest.mark.parametrize(
+    ("kind", "stored", "error"),
+    [("f16", TensorProto.FLOAT16, 2e-3), ("int8", TensorProto.INT8, 6e-2)],
+)
+def test_a_graph_whose_weights_lie_apart(
+    graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stored: int, error: float
+) -> None:
+    """As above protobuf's limit: no shapes are inferred, and float16 is written in two files again."""
+    monkeypatch.setattr(precision, "LARGEST_GRAPH", 10_000)
+    expected = run(graph)
+    model = onnx.load(graph)
+    onnx.save(model, graph, save_as_external_data=True, location="vision.onnx_data", size_threshold=1024)
+    assert graph.stat().st_size < 1024
+    (tmp_path / "small").mkdir()
+    target = tmp_path / "small" / "vision.onnx"
+    precision.shrink(graph, target, kind)
+    names = {"vision.onnx", "vision.onnx_data"} if kind == "f16" else {"vision.onnx"}
+    assert {path.name for path in target.parent.iterdir()} == names
+    assert types(target) == {stored}
+    assert 0 < np.abs(run(target) - expected).max() / np.abs(expected).max() <= error
+
+
 def test_int8_of_a_network_without_matrices_is_refused(graph: Path, tmp_path: Path) -> None:
     model = onnx.load(graph)
     for node in model.graph.node:

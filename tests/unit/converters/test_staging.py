@@ -66,7 +66,8 @@ def test_an_error_leaves_nothing(output: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
 def test_an_interruption_keeps_finished_steps_alone(output: Path, error: BaseException) -> None:
-    with pytest.raises((KeyboardInterrupt, ConversionError)):
+    kept = rf"; finished steps are kept in {output.with_name('.bundle.partial')}, and the same command goes on there$"
+    with pytest.raises((KeyboardInterrupt, ConversionError), match=kept):
         one_step(output, error)
     assert beside(output) == [
         ".bundle.partial",
@@ -75,6 +76,29 @@ def test_an_interruption_keeps_finished_steps_alone(output: Path, error: BaseExc
     with Staging(output, REQUEST) as staging:
         assert staging.finished == ("a",)
         assert staging.step("a", ["a.*"], lambda: pytest.fail("was done again")) == "a.bin"
+
+
+def test_an_interruption_before_any_step_leaves_nothing_and_promises_nothing(output: Path) -> None:
+    with pytest.raises(KeyboardInterrupt, match=r"^$"), Staging(output, REQUEST):
+        raise KeyboardInterrupt
+    assert beside(output) == []
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_refusal_keeps_finished_steps_and_no_other_error_does(output: Path, refused: bool) -> None:
+    def give_up() -> None:
+        with Staging(output, REQUEST) as staging:
+            staging.step("a", ["a.*"], lambda: write(staging, "a.bin"))
+            refusal = staging.refusal("too lossy")
+            raise refusal if refused else ConversionError("too lossy")
+
+    kept = (
+        rf"^too lossy; finished steps are kept in {output.with_name('.bundle.partial')}, and the same command goes on"
+    )
+    with pytest.raises(ConversionError, match=kept if refused else r"^too lossy$"):
+        give_up()
+    with Staging(output, REQUEST) as staging:
+        assert staging.finished == (("a",) if refused else ())
 
 
 def test_a_full_disk_is_said_with_what_was_kept(output: Path) -> None:
