@@ -85,6 +85,7 @@ class Journal:
 
     def __enter__(self) -> Journal:
         with contextlib.ExitStack() as stack, durable.in_words(f"{self._shown} cannot be opened"):
+            is_journal(self._path, self._shown)  # before the lock: nothing is left beside what cannot be an output
             stack.enter_context(durable.locked(self._path, self._shown))
             for suffix in ("", ".salt", ".running"):
                 durable.remove_leftover(durable.beside(self._path, suffix))

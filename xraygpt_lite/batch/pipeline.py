@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -55,15 +55,23 @@ class Ask:
 
 @dataclass(eq=False)
 class Job:
-    """One file and what is still to be asked of it; with records from the start it is finished.
+    """One file and what is still to be asked of it.
 
-    `file` is the journal's digest of it.
+    Attributes
+    ----------
+    file
+        The journal's digest of it.
+    records
+        What came of it and was not taken yet.
+    finished
+        No more records come.
     """
 
     input: Input
     asked: Sequence[Asked]
     file: str = ""
-    records: list[Record] = field(default_factory=list)
+    records: deque[Record] = field(default_factory=deque)
+    finished: bool = False
 
 
 @dataclass(eq=False)
@@ -121,7 +129,7 @@ class Pipeline(Closing):
         return len(self._jobs)
 
     def run(self, jobs: Iterator[Job | None]) -> Iterator[Job | None]:
-        """Yield every job with its records, as they are finished.
+        """Yield a job whenever it has records, and once when it is finished; the caller takes the records out.
 
         Parameters
         ----------
@@ -148,17 +156,18 @@ class Pipeline(Closing):
                     source = None
                 elif not isinstance(job, Job):
                     break
-                elif job.records:
+                elif job.finished:
                     yield job
                 else:
                     self._jobs[id(job.input)] = job
                     self._pool.submit(job.input)
-            for failed in self._take():
-                yield self._jobs.pop(id(failed.input))
+            self._take()
             self._encode()
-            ended = self._next_ended()
-            if ended is not None:
-                yield self._jobs.pop(id(ended.input))
+            job = self._next_ended()
+            if job is not None and id(job.input) in self._jobs:
+                if job.finished:
+                    del self._jobs[id(job.input)]
+                yield job
             elif source is None and not self._jobs:
                 return
             if time.monotonic() - looked > _PAUSE_S:
@@ -178,16 +187,18 @@ class Pipeline(Closing):
         for lane in self._lanes:
             lane.join()
 
-    def _take(self) -> list[Failed]:
-        """Collect what was read; return what could not be, its records made."""
-        failures = []
+    def _take(self) -> None:
+        """Collect what was read; what could not be is finished."""
         while (result := self._pool.take(0)) is not None:
             if isinstance(result, Decoded):
                 self._read.append(result)
             else:
-                self._jobs[id(result.input)].records += self._failures(result)
-                failures.append(result)
-        return failures
+                self._end(self._jobs[id(result.input)], self._failures(result))
+
+    def _end(self, job: Job, records: Iterable[Record] = ()) -> None:
+        job.records.extend(records)
+        job.finished = True
+        self._ended.put(job)
 
     def _encode(self) -> None:
         """Encode a batch, if lanes will want it: a whole one, or what there is before they run dry."""
@@ -202,7 +213,7 @@ class Pipeline(Closing):
             if job.asked:
                 batch.append(one)
             else:
-                self._ended.put(job)
+                self._end(job)
         if not batch:
             return
         pixels = Pixels(np.stack([one.pixels for one in batch]), tuple(one.placement for one in batch))
@@ -212,7 +223,7 @@ class Pipeline(Closing):
             self._studies.put(_Work(self._jobs[id(one.input)], study))
 
     def _next_ended(self) -> Job | None:
-        """A job that a lane has finished; waits a moment for one, less where something may be encoded meanwhile."""
+        """A job that has something new; waits a moment for one, less where something may be encoded meanwhile."""
         try:
             ended = self._ended.get(timeout=_LOOK_S)
         except queue.Empty:
@@ -242,7 +253,7 @@ class Pipeline(Closing):
             self._working.add(work)
             try:
                 self._answer(work)
-                self._ended.put(work.job)
+                self._end(work.job)
             # Whatever it is, the caller must hear of it: it waits for this lane.
             except BaseException as error:
                 self._ended.put(error)
@@ -259,6 +270,8 @@ class Pipeline(Closing):
                 while left:
                     job.records.append(self._summary(chat, left[0], findings))
                     left.popleft()
+                    if left:
+                        self._ended.put(job)  # each record as it comes: an answer to many questions takes long
         except XrayError as error:
             if self._closed or not self._model.usable:
                 raise
@@ -267,9 +280,9 @@ class Pipeline(Closing):
                 stage, name = "generate", "Timeout"
                 message = f"the answer took longer than {self._timeout:g} s; ask for fewer tokens, or allow more time"
             radiograph = work.study.radiograph
-            job.records += [
+            job.records.extend(
                 Failure(str(job.input.path), radiograph.sha256, one.question, stage, name, message) for one in left
-            ]
+            )
 
     def _summary(self, chat: ChatSession, asked: Asked, findings: tuple[Finding, ...]) -> Record:
         chat.restart()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -61,6 +62,9 @@ class Run(Closing):
         Seconds that one file may take to be read, and then to be answered for.
     max_failures
         So many inputs that fail in this run end it.
+    stop
+        Once it is set, iterating raises KeyboardInterrupt, at a moment when nothing native is at work in this thread:
+        raised by a signal handler it may be lost there.
 
     Attributes
     ----------
@@ -68,8 +72,8 @@ class Run(Closing):
         What answers; its `plan` says where it runs and why so many at once.
     done, failed, skipped
         Inputs so far: answered for, with a failure, and those whose records were there.
-    records, failures
-        What stands in the journal, of all runs; without one, of this run.
+    journal
+        With what stands in it, of all runs; None without an output.
 
     Raises
     ------
@@ -96,17 +100,19 @@ class Run(Closing):
         retry_failed: bool = False,
         file_timeout: float = FILE_TIMEOUT,
         max_failures: int | None = None,
+        stop: threading.Event | None = None,
     ) -> None:
         self._inputs, self._max_failures = inputs, max_failures
         self.done = self.failed = self.skipped = 0
-        self.records = self.failures = 0
+        self._failing: set[int] = set()
+        self._stop = stop
         found = models.checked(bundle)
         manifest = found.manifest
         ask = ask or Ask()
         self._identifiers = identifiers
         self._asked, sampling = _check(ask, manifest)
         with contextlib.ExitStack() as stack:
-            self._journal: Journal | None = None
+            self.journal: Journal | None = None
             if output is not None:
                 options = {
                     "questions": [one.question for one in self._asked],
@@ -119,9 +125,8 @@ class Run(Closing):
                 }
                 header = Header(found.id, manifest.name, options, count, shard, manifest.disclaimer, __version__)
                 journal = Journal(output, header, restart=restart, retry_failed=retry_failed)
-                self._journal = stack.enter_context(journal)
-                self.records, self.failures = journal.records, journal.failures
-            self._keys = self._journal.keys if self._journal else Keys(None)
+                self.journal = stack.enter_context(journal)
+            self._keys = self.journal.keys if self.journal else Keys(None)
             pool = stack.enter_context(Pool(manifest.image, worker_count(devices.cores()), file_timeout))
             rows = sizing.rows(found, self._asked, ask.variant, sampling.max_tokens, findings=ask.findings)
             plan = partial(models.plan, found, device=device, threads=threads, context=_fitting(found, rows))
@@ -143,37 +148,43 @@ class Run(Closing):
     def _run(self) -> Iterator[Record]:
         for job in self._pipeline.run(self._jobs()):
             if job is not None:
-                yield from self._finish(job)
+                yield from self._take(job)
                 self._check_failures()
-            if self._journal and self._journal.due:
-                self._journal.flush()
-        if self._journal:
-            self._journal.flush()
+            if self._stop is not None and self._stop.is_set():
+                raise KeyboardInterrupt
+            if self.journal and self.journal.due:
+                self.journal.flush()
+        if self.journal:
+            self.journal.flush()
 
     def close(self) -> None:
         """End at once: what is in work is dropped, what is finished is on the disk. Safe to call twice."""
         self._stack.close()
 
     def _jobs(self) -> Iterator[Job | None]:
-        """What is left to do; what was in flight when an earlier run crashed comes last, and alone."""
-        alone = []
+        """What is left to do. What was in flight when an earlier run crashed comes last, or in a pause, and alone."""
+        alone: list[Job] = []
         for given in self._inputs:
             job = None if given is None else self._job(given)
             if job is None:
-                yield None
+                yield self._next_alone(alone)
             elif not job.asked:
                 self.skipped += 1
+                if self.journal and self._crashes(job):
+                    self.journal.end(job.file)  # its records were written before the crash
             elif not self._crashes(job):
                 yield job
             elif self._crashes(job) < _FATAL_CRASHES:
                 alone.append(job)
             else:
-                job.records += [_crashed(job.input, one.question) for one in job.asked]
+                job.records.extend(_crashed(job.input, one.question) for one in job.asked)
+                job.finished = True
                 yield job
-        for job in alone:
-            while self._pipeline.in_flight:
-                yield None
-            yield job
+        while alone:
+            yield self._next_alone(alone)
+
+    def _next_alone(self, alone: list[Job]) -> Job | None:
+        return alone.pop(0) if alone and not self._pipeline.in_flight else None
 
     def _job(self, given: Input) -> Job:
         """A file with the questions that no record answers; a file that has changed since is another one."""
@@ -183,41 +194,49 @@ class Run(Closing):
             status = None
         file = self._keys.file(given.name, status)
         return Job(
-            given, [one for one in self._asked if not (self._journal and self._journal.done(file, one.question))], file
+            given, [one for one in self._asked if not (self.journal and self.journal.done(file, one.question))], file
         )
 
     def _crashes(self, job: Job) -> int:
-        return self._journal.suspects.get(job.file, 0) if self._journal else 0
+        return self.journal.suspects.get(job.file, 0) if self.journal else 0
 
     def _begin(self, job: Job, sha256: str) -> None:
         """Leave out what was answered for the same content, copied or touched since; note the rest as in flight."""
-        if not self._journal:
+        if not self.journal:
             return
-        name, journal = job.input.name, self._journal
+        name, journal = job.input.name, self.journal
         job.asked = [one for one in job.asked if not journal.has(self._keys.key(name, sha256, one.question))]
         if job.asked:
             journal.begin(job.file)
         else:
             self.skipped += 1
 
-    def _finish(self, job: Job) -> Iterator[Record]:
-        failures = sum(isinstance(record, Failure) for record in job.records)
-        for record in job.records:
+    def _take(self, job: Job) -> Iterator[Record]:
+        """A job's new records, in the journal; what is counted is counted before it is shown."""
+        fresh = []
+        while job.records:
+            record = job.records.popleft()
             key = self._keys.key(job.input.name, record.sha256, record.question)
             shown = record if self._identifiers else self._hidden(record, job.input)
-            if self._journal and not self._journal.has(key):  # one that could not be read again is known by no content
-                self._journal.append(Entry(self._keys.label(job.input.name), key, job.file, shown))
-            yield shown
-        if self._journal:
-            if self._crashes(job):
-                self._journal.flush()  # first, or another crash forgets both the failure and the count
-            self._journal.end(job.file)
-        self.records += len(job.records)
-        self.failures += failures
-        if failures:
+            if self.journal and not self.journal.has(key):  # one that could not be read again is known by no content
+                self.journal.append(Entry(self._keys.label(job.input.name), key, job.file, shown))
+            fresh.append(shown)
+            if isinstance(record, Failure):
+                self._failing.add(id(job))
+        if job.finished:
+            self._count(job)
+        yield from fresh
+
+    def _count(self, job: Job) -> None:
+        if id(job) in self._failing:
+            self._failing.remove(id(job))
             self.failed += 1
-        elif job.records:
+        elif job.asked:
             self.done += 1
+        if self.journal:
+            if self._crashes(job):
+                self.journal.flush()  # first, or another crash forgets both the failure and the count
+            self.journal.end(job.file)
 
     def _hidden(self, record: Record, given: Input) -> Record:
         """The record without what tells the file: path, UID and hash."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from xraygpt_lite.batch.inputs import Input
     from xraygpt_lite.batch.runner import Run
+    from xraygpt_lite.cli.report import Target
 
 _I = TypeVar("_I", bound="Input | None")
 _ORDERS = ("name", "given", "newest", "oldest", "random")
@@ -85,44 +86,54 @@ def command(
     input. OUT is written as the run goes on; the same command again goes on where an earlier one ended, however it
     ended. `xraygpt-lite report OUT` shows the results.
     """
-    from xraygpt_lite.batch.inputs import find, parse_shard
-    from xraygpt_lite.batch.pipeline import Ask
-    from xraygpt_lite.batch.runner import Run
-
     if watch and (limit is not None or shard is not None or order != "name" or "-" in inputs):
         raise UsageError("--watch takes files as they come; leave out --limit, --shard, --order and -")
-    part = parse_shard(shard) if shard is not None else None
-    filters: dict[str, Any] = {"include": include, "exclude": exclude}
+    if output == "-":
+        raise UsageError("-o - would be standard output; the journal must be a file")
     corners = options.box(box) if box is not None else None
-    ask = Ask(questions or (None,), task, corners, variant, options.generation(**given), findings)
     stop = threading.Event()
-    source: Generator[Input | None]
-    if watch:
-        from xraygpt_lite.batch.watch import watch as arriving
+    with _signals(stop):
+        from xraygpt_lite.batch.inputs import find, parse_shard
+        from xraygpt_lite.batch.pipeline import Ask
+        from xraygpt_lite.batch.runner import Run
 
-        source, count = _others(arriving(inputs, stop, **filters), output), None
-    else:
-        # Bytes: a name need not be valid in any encoding.
-        lines = (os.fsdecode(line) for line in sys.stdin.buffer) if "-" in inputs else None
-        files = list(_others(find(inputs, order=order, limit=limit, shard=part, stdin=lines, **filters), output))
-        source, count = (one for one in files), len(files)
-    with closing(source), _signals(stop if watch else None):
-        run = Run(
-            source, ask, output=Path(output), count=count, shard=part, bundle=bundle, device=device, threads=threads,
-            parallel=parallel, identifiers=not no_identifiers, restart=restart, retry_failed=retry_failed,
-            file_timeout=file_timeout, max_failures=max_failures,
-        )  # fmt: skip
-        with run, Tally(progress, count) as tally:
+        part = parse_shard(shard) if shard is not None else None
+        filters: dict[str, Any] = {"include": include, "exclude": exclude}
+        rendered = _rendered(output, form, inputs) if form else None
+        ask = Ask(questions or (None,), task, corners, variant, options.generation(**given), findings)
+        source: Generator[Input | None]
+        if watch:
+            from xraygpt_lite.batch.watch import watch as arriving
+
+            source, count = _others(arriving(inputs, stop, **filters), output), None
+        else:
+            # Bytes: a name need not be valid in any encoding.
+            lines = (os.fsdecode(line) for line in sys.stdin.buffer) if "-" in inputs and sys.stdin else None
+            files = list(_others(find(inputs, order=order, limit=limit, shard=part, stdin=lines, **filters), output))
+            source, count = (one for one in files), len(files)
+        with (
+            closing(source),
+            Run(
+                source, ask, output=Path(output), count=count, shard=part, bundle=bundle, device=device,
+                threads=threads, parallel=parallel, identifiers=not no_identifiers, restart=restart,
+                retry_failed=retry_failed, file_timeout=file_timeout, max_failures=max_failures,
+                stop=None if watch else stop,
+            ) as run,
+            Tally(progress, count) as tally,
+        ):  # fmt: skip
             try:
                 for _ in run:
                     tally.show(run.done, run.failed, run.skipped)
             except KeyboardInterrupt:
                 console.error(f"stopped; {_counts(run)} stand in {output}. The same command goes on from there")
                 return 130
-    if form:
-        _render(output, form)
+            tally.show(run.done, run.failed, run.skipped)
+    if rendered:
+        from xraygpt_lite.cli import report
+
+        report.write(output, str(form), rendered, ())
     _conclude(run, tally, output)
-    return 3 if run.failures else 0
+    return 3 if run.journal and run.journal.failures else 0
 
 
 def _others(found: Iterable[_I], output: str) -> Generator[_I]:
@@ -136,15 +147,19 @@ def _others(found: Iterable[_I], output: str) -> Generator[_I]:
 
 
 @contextmanager
-def _signals(stop: threading.Event | None) -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does; while watching, both end it once what is in work is finished."""
+def _signals(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and SIGHUP set `stop`, which ends the run at its next turn; a second one ends it at once.
+
+    An exception out of a handler may come while a native library calls a function of ours, and be lost there.
+    """
 
     def heard(_number: int, _frame: FrameType | None) -> None:
-        if stop is None or stop.is_set():
+        if stop.is_set():
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, heard) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, heard) for number in numbers}
     try:
         yield
     finally:
@@ -152,24 +167,23 @@ def _signals(stop: threading.Event | None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _render(output: str, form: str) -> None:
-    """Put the rendered journal beside it."""
-    from xraygpt_lite.cli import report
+def _rendered(output: str, form: str, inputs: tuple[str, ...]) -> Target:
+    """The file beside the journal that takes the rendered one."""
+    from xraygpt_lite.cli.report import Target
 
-    path = os.fspath(Path(output).with_suffix(f".{form}"))
-    report.write(output, form, report.Target(path, output), ())
+    return Target(os.fspath(Path(output).with_suffix(f".{form}")), output, inputs)
 
 
 def _counts(run: Run) -> str:
-    return f"{run.records} records ({run.failures} of them failures)"
+    return f"{run.journal.records} records ({run.journal.failures} of them failures)" if run.journal else "no records"
 
 
 def _conclude(run: Run, tally: Tally, output: str) -> None:
     """The last line: what was done, and what to do about failures."""
     text = f"{run.done} done, {run.failed} failed, {run.skipped} done before; {tally.rate:.0f} images a minute"
-    if run.failures:
+    if run.journal and run.journal.failures:
         text += (
-            f". {run.failures} failures stand in {output}: see them with `xraygpt-lite report {output}`, and do them "
-            "again with --retry-failed"
+            f". {run.journal.failures} failures stand in {output}: see them with `xraygpt-lite report {output}`, and "
+            "do them again with --retry-failed"
         )
     click.echo(text, err=True)

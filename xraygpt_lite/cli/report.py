@@ -160,7 +160,7 @@ class Target(console.OutputFile):
         Nothing can be written there, or it is the journal itself.
     """
 
-    def __init__(self, path: str, journal: str) -> None:
-        if os.path.exists(path) and os.path.samefile(path, journal):
+    def __init__(self, path: str, journal: str, inputs: Iterable[str] = ()) -> None:
+        if os.path.realpath(path) == os.path.realpath(journal):
             raise UsageError(f"-o {path} is the journal that is read; name another file")
-        super().__init__(path, ())
+        super().__init__(path, inputs)

@@ -64,7 +64,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def test_every_input_has_one_record(go: Go, tmp_path: Path, folder: Path) -> None:
     done = go()
-    assert (done.done, done.failed, done.skipped, done.records, done.failures) == (COUNT, 1, 0, COUNT + 1, 1)
+    assert (done.done, done.failed, done.skipped, done.journal.records, done.journal.failures) == (
+        COUNT,
+        1,
+        0,
+        COUNT + 1,
+        1,
+    )
     header, *records = lines(tmp_path / "out.jsonl")
     assert header["bundle_name"] == "tiny"
     assert header["inputs"] == COUNT + 1
@@ -80,7 +86,7 @@ def test_a_second_run_has_nothing_to_do(go: Go, tmp_path: Path) -> None:
     go()
     before = (tmp_path / "out.jsonl").read_bytes()
     again = go()
-    assert (again.done, again.failed, again.skipped, again.records) == (0, 0, COUNT + 1, COUNT + 1)
+    assert (again.done, again.failed, again.skipped, again.journal.records) == (0, 0, COUNT + 1, COUNT + 1)
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
@@ -119,7 +125,7 @@ def test_failures_are_repeated_when_asked(go: Go, tmp_path: Path, folder: Path) 
     stat = os.stat(folder / "none.png")
     assert stat.st_size != 4
     again = go(retry_failed=True)
-    assert (again.done, again.failed, again.failures) == (1, 0, 0)
+    assert (again.done, again.failed, again.journal.failures) == (1, 0, 0)
     assert [line["input"] for line in lines(tmp_path / "out.jsonl")[1:]].count("none.png") == 1
 
 
@@ -136,7 +142,7 @@ def test_other_options_are_refused_with_the_difference(go: Go) -> None:
 
 def test_several_questions_are_asked_of_one_encoded_image(go: Go, tmp_path: Path) -> None:
     done = go(Ask(("What is seen?", "Is the heart large?"), options=OPTIONS))
-    assert (done.done, done.records) == (COUNT, 2 * (COUNT + 1))
+    assert (done.done, done.journal.records) == (COUNT, 2 * (COUNT + 1))
     assert len({line["key"] for line in lines(tmp_path / "out.jsonl")[1:]}) == 2 * (COUNT + 1)
 
 
@@ -210,7 +216,7 @@ def test_what_crashed_twice_is_given_up_and_what_crashed_once_runs_alone(
     (given_up,) = [line for line in lines(out)[1:] if line.get("error") == "Crashed"]
     assert given_up["input"] == "more/3.png"
     assert "--retry-failed" in given_up["message"]
-    assert last.records == COUNT + 1
+    assert last.journal.records == COUNT + 1
     assert {line["input"] for line in lines(out)[1:] if "text" in line} | {"more/3.png", "none.png"} == {
         path.relative_to(folder).as_posix() for path in folder.rglob("*.png")
     }
