@@ -37,9 +37,9 @@ ODD = """
 import ctypes, os, time
 from xraygpt_lite.imaging import read as module, worker
 
-real = module.read
+real = module.decode
 
-def read(path):
+def decode(data, path, sha256):
     what = os.path.basename(path).split(".")[0].split("-")[0]
     if what == "hang":
         ctypes.PyDLL(None).sleep(1000)  # in native code, with the interpreter's lock
@@ -56,7 +56,7 @@ def read(path):
     if what == "noisy":
         os.write(1, b"warning " * 1000)
         os.write(2, b"warning " * 1000)
-    return real(path)
+    return real(data, path, sha256)
 
 own = worker._own
 
@@ -66,7 +66,7 @@ def note(number, mode):
     answers = stream.fileno()
     return stream
 
-module.read, worker._own = read, note
+module.decode, worker._own = decode, note
 worker.main()
 """
 ODD_PROGRAM = (sys.executable, "-c", ODD)
