@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -297,8 +297,15 @@ def run(
     found = find(arguments, shard=shard)
     ask = Ask(tuple(questions) or (None,), task, box, variant, options, findings)
     journal = None if output is None else Path(output)
-    with Run(found, ask, output=journal, count=len(found), shard=shard, **more) as records:
+    with Run(drained(found), ask, output=journal, count=len(found), shard=shard, **more) as records:
         yield from records
+
+
+def drained(found: list[Input]) -> Generator[Input]:
+    """What is found, each given away: the list shrinks while the journal's memory of what is done grows."""
+    found.reverse()
+    while found:
+        yield found.pop()
 
 
 def _check(given: Ask, manifest: Manifest) -> tuple[list[Asked], Sampling]:

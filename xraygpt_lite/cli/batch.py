@@ -95,7 +95,7 @@ def command(
     with _signals(stop):
         from xraygpt_lite.batch.inputs import find, parse_shard
         from xraygpt_lite.batch.pipeline import Ask
-        from xraygpt_lite.batch.runner import Run
+        from xraygpt_lite.batch.runner import Run, drained
 
         part = parse_shard(shard) if shard is not None else None
         filters: dict[str, Any] = {"include": include, "exclude": exclude}
@@ -110,7 +110,7 @@ def command(
             # Bytes: a name need not be valid in any encoding.
             lines = (os.fsdecode(line) for line in sys.stdin.buffer) if "-" in inputs and sys.stdin else None
             files = list(_others(find(inputs, order=order, limit=limit, shard=part, stdin=lines, **filters), output))
-            source, count = (one for one in files), len(files)
+            source, count = drained(files), len(files)
         with (
             closing(source),
             Run(

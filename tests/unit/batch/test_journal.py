@@ -646,12 +646,12 @@ class TestProcesses:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("scenario", child.SCENARIOS)
-    def test_killed_before_any_line_it_goes_on(self, quick: Path, scenario: str) -> None:
+    def test_killed_before_any_third_line_it_goes_on(self, quick: Path, scenario: str) -> None:
         outcome = subprocess.run([*PROGRAM, "kill", scenario, str(quick)], capture_output=True, timeout=600)
         assert outcome.returncode == 0, outcome.stderr.decode()
         found = json.loads(outcome.stdout)
         assert found["wrong"] == []
-        assert found["points"] > 100
+        assert found["points"] > 30
 
     @pytest.mark.slow
     def test_killed_at_any_moment_it_goes_on(self, path: Path) -> None:
