@@ -64,7 +64,9 @@ class Job:
     records
         What came of it and was not taken yet.
     finished
-        No more records come.
+        No more records come; set by a lane, at any moment.
+    last
+        It is yielded for the last time; set by the thread that yields it, so that nothing is counted twice.
     """
 
     input: Input
@@ -72,6 +74,7 @@ class Job:
     file: str = ""
     records: deque[Record] = field(default_factory=deque)
     finished: bool = False
+    last: bool = False
 
 
 @dataclass(eq=False)
@@ -157,6 +160,7 @@ class Pipeline(Closing):
                 elif not isinstance(job, Job):
                     break
                 elif job.finished:
+                    job.last = True
                     yield job
                 else:
                     self._jobs[id(job.input)] = job
@@ -166,6 +170,7 @@ class Pipeline(Closing):
             job = self._next_ended()
             if job is not None and id(job.input) in self._jobs:
                 if job.finished:
+                    job.last = True
                     del self._jobs[id(job.input)]
                 yield job
             elif source is None and not self._jobs:

@@ -223,7 +223,7 @@ class Run(Closing):
             fresh.append(shown)
             if isinstance(record, Failure):
                 self._failing.add(id(job))
-        if job.finished:
+        if job.last:
             self._count(job)
         yield from fresh
 

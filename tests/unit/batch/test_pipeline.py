@@ -74,7 +74,7 @@ def answered(model: XrayModel, ask: Ask, inputs: Sequence[Input], timeout: float
             if job is not None:
                 while job.records:
                     found.setdefault(job.input.name, []).append(job.records.popleft())  # type: ignore[arg-type]
-                ended += [job.input.name] * job.finished
+                ended += [job.input.name] * job.last
     assert sorted(ended) == sorted(one.name for one in inputs)
     return found
 
@@ -176,7 +176,7 @@ def test_files_are_pulled_as_needed(bundles: dict[str, Bundle], folder: Path) ->
     most = done = 0
     with Pool(model.bundle.manifest.image, 1, 60) as pool, Pipeline(model, ask, pool, 60) as pipeline:
         for job in pipeline.run(jobs()):
-            done += job is not None and job.finished
+            done += job is not None and job.last
             most = max(most, pulled - done)
     assert done == 120
     assert most < 40

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from PIL import Image
 import xraygpt_lite
 from xraygpt_lite import batch
 from xraygpt_lite.batch.inputs import find
-from xraygpt_lite.batch.journal import read
+from xraygpt_lite.batch.journal import Entry, Journal, read
 from xraygpt_lite.batch.pipeline import Ask
 from xraygpt_lite.batch.runner import Run, run
 from xraygpt_lite.errors import UsageError, XrayError
@@ -144,6 +145,19 @@ def test_several_questions_are_asked_of_one_encoded_image(go: Go, tmp_path: Path
     done = go(Ask(("What is seen?", "Is the heart large?"), options=OPTIONS))
     assert (done.done, done.journal.records) == (COUNT, 2 * (COUNT + 1))
     assert len({line["key"] for line in lines(tmp_path / "out.jsonl")[1:]}) == 2 * (COUNT + 1)
+
+
+def test_a_file_is_counted_once_however_late_its_lane_ends(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane may end while the records before its last are being taken."""
+    append = Journal.append
+
+    def slowly(journal: Journal, entry: Entry) -> None:
+        append(journal, entry)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(Journal, "append", slowly)
+    done = go(Ask(("What is seen?", "Is the heart large?", "And the lungs?"), options=GenerationOptions(max_tokens=40)))
+    assert (done.done, done.failed) == (COUNT, 1)
 
 
 def test_findings_are_scored_as_for_one(go: Go, recorded_bundle: Path, folder: Path) -> None:
