@@ -1,4 +1,6 @@
-"""One folder of small JSON files: hashes, measured settings, verdicts. Nothing in it is needed; deleting it is safe.
+"""One folder of small JSON files: hashes, measured settings, verdicts; and of a few larger blocks of bytes.
+
+Nothing in it is needed; deleting it is safe.
 
 It knows no path and no meaning: a key is stored as its sha256, so that no file name of the user can be read from it.
 Each entry is replaced as a whole, so that any number of processes may share the folder. Where it cannot be written, or
@@ -13,11 +15,15 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 _KIND = re.compile(r"[a-z][a-z0-9-]*")
 _MAX_BYTES = 1 << 20
+_DIGEST = hashlib.sha256().digest_size
+_MAX_BLOCKS_BYTES = 1 << 29
+"""All blocks of one kind together: about twelve prompts of a model with seven billion parameters."""
 
 
 class Cache:
@@ -37,7 +43,7 @@ class Cache:
 
     def get(self, kind: str, key: str) -> Any:
         """The value put last under (kind, key), or None."""
-        path = self._path(kind, key)
+        path = self._path(kind, key, "json")
         if path is None:
             return None
         try:
@@ -45,8 +51,7 @@ class Cache:
                 value = json.loads(file.read(_MAX_BYTES))
         except (OSError, ValueError, RecursionError):  # absent, unreadable or damaged: as if never put
             return None
-        with contextlib.suppress(OSError):
-            os.utime(path)  # used now: the oldest go first
+        _touch(path)
         return value
 
     def put(self, kind: str, key: str, value: Any) -> None:
@@ -57,14 +62,27 @@ class Cache:
         TypeError
             When the value is not JSON.
         """
-        path = self._path(kind, key)
+        self._put(self._path(kind, key, "json"), (json.dumps(value).encode(),))
+
+    def get_bytes(self, kind: str, key: str) -> memoryview | None:
+        """The block put last under (kind, key), or None; read in one go and held against its sha256."""
+        path = self._path(kind, key, "bin")
         if path is None:
-            return
-        data = json.dumps(value).encode()
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._replace(path, data)
-            self._trim(path.parent)
+            return None
+        try:
+            data = memoryview(path.read_bytes())
+        except OSError:
+            return None
+        digest, block = data[:_DIGEST], data[_DIGEST:]
+        if not block or hashlib.sha256(block).digest() != digest:
+            return None
+        _touch(path)
+        return block
+
+    def put_bytes(self, kind: str, key: str, block: bytes) -> None:
+        """Keep a block under (kind, key), if that is possible and it is not too large."""
+        if len(block) <= _MAX_BLOCKS_BYTES:
+            self._put(self._path(kind, key, "bin"), (hashlib.sha256(block).digest(), block))
 
     def writable(self) -> bool:
         """Whether anything put is kept."""
@@ -77,18 +95,26 @@ class Cache:
         except OSError:
             return False
 
-    def _path(self, kind: str, key: str) -> Path | None:
+    def _put(self, path: Path | None, parts: Iterable[bytes]) -> None:
+        if path is None:
+            return
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._replace(path, parts)
+            self._trim(path.parent)
+
+    def _path(self, kind: str, key: str, ending: str) -> Path | None:
         if not _KIND.fullmatch(kind):
             raise ValueError(f"{kind!r} is no kind of entry; expected lower-case letters, digits and '-'")
         if self.folder is None:
             return None
-        return self.folder / kind / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()}.json"
+        return self.folder / kind / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()}.{ending}"
 
-    def _replace(self, path: Path, data: bytes) -> None:
+    def _replace(self, path: Path, parts: Iterable[bytes]) -> None:
         handle, name = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                file.writelines(parts)
             os.replace(name, path)
         except OSError:
             with contextlib.suppress(OSError):
@@ -96,17 +122,26 @@ class Cache:
             raise
 
     def _trim(self, folder: Path) -> None:
+        """Remove those used longest ago where there are too many, or blocks take too much."""
         with os.scandir(folder) as found:
-            names = [entry.path for entry in found]
-        if len(names) <= self.entries:
-            return
-        for name in sorted(names, key=_age)[: len(names) - self.entries]:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+            entries = sorted((_used(entry) for entry in found), reverse=True)
+        taken = 0
+        for number, (_, size, name) in enumerate(entries):
+            taken += size
+            if number >= self.entries or taken > _MAX_BLOCKS_BYTES:
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
 
 
-def _age(name: str) -> float:
+def _touch(path: Path) -> None:
+    """Used now: the oldest go first."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def _used(entry: os.DirEntry[str]) -> tuple[float, int, str]:
     try:
-        return os.stat(name).st_mtime
+        status = entry.stat()
     except OSError:  # removed by another process
-        return 0.0
+        return 0.0, 0, entry.path
+    return status.st_mtime, status.st_size, entry.path

@@ -20,6 +20,9 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 DEFAULT_CONTEXT = 2048
 WORTH = 1.7
 """Twice the threads have to make a decode call so many times as fast, to be better there than at the encoder."""
+SMALL = 0.2
+"""An encoder that takes less than this share of an answer's time gets no threads of its own, which would be idle."""
+TYPICAL_ANSWER = 100
 _CUDA_ADVICE = "see the installation guide for the CUDA build, or use --device cpu"
 
 
@@ -112,7 +115,11 @@ def plan(
 
 
 def parallel(
-    step_seconds: Mapping[int, Mapping[int, float]], sequence_bytes: int, free_bytes: int, wanted: int | None = None
+    step_seconds: Mapping[int, Mapping[int, float]],
+    encoder_seconds: float,
+    sequence_bytes: int,
+    free_bytes: int,
+    wanted: int | None = None,
 ) -> tuple[int, int, tuple[str, ...]]:
     """How many answers to write at once, with how many of the threads, and why.
 
@@ -121,6 +128,8 @@ def parallel(
     step_seconds
         Threads → number of sequences → seconds of one decode call with a row of each; all threads, and perhaps half of
         them.
+    encoder_seconds
+        Of one radiograph, with all threads.
     sequence_bytes
         KV cache of one sequence.
     free_bytes
@@ -132,7 +141,8 @@ def parallel(
     -------
     int, int, tuple of str
         Of those that fit half of the memory, the smallest number that comes within 3 % of the highest rate. Half of
-        the threads where the others would add little: then the encoder has those, and both work at the same time.
+        the threads where the others would add little and the encoder has something to do: then it has those, and both
+        work at the same time.
     """
     threads = max(step_seconds)
     every = step_seconds[threads]
@@ -147,7 +157,8 @@ def parallel(
         chosen, reason = wanted, f"{wanted} sequences: asked for"
     half, alike = min(step_seconds), max(n for n in every if n <= chosen)
     gain = step_seconds[half][alike] / every[alike]
-    if half == threads or gain > WORTH:
+    answer_seconds = TYPICAL_ANSWER * every[alike] / alike
+    if half == threads or gain > WORTH or encoder_seconds < SMALL * answer_seconds:
         return chosen, threads, (reason,)
     share = (
         f"{half} of {threads} threads for the language model, the others for the encoder at the same time: all "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
@@ -28,6 +28,7 @@ from xraygpt_lite.errors import BundleError, ClosedError
 from xraygpt_lite.imaging.read import read
 from xraygpt_lite.imaging.transform import transform
 from xraygpt_lite.llm import native, selftest
+from xraygpt_lite.llm.openings import Openings
 from xraygpt_lite.llm.scheduler import Engine
 from xraygpt_lite.options import resolve
 from xraygpt_lite.values import (
@@ -37,6 +38,7 @@ from xraygpt_lite.values import (
     Float32,
     GenerationOptions,
     ImageTokens,
+    Manifest,
     Pixels,
     Radiograph,
     Sampling,
@@ -44,6 +46,8 @@ from xraygpt_lite.values import (
     Timings,
 )
 
+EXACT = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+"""Weight types whose rows, decoded together on a CPU, have the very logits that each has alone."""
 Image = str | os.PathLike[str] | bytes | np.ndarray | Radiograph
 """What every method takes: a path, a file's bytes, an array (H, W), or a `Radiograph` that was read before."""
 
@@ -53,8 +57,10 @@ def load(
     *,
     device: str = "auto",
     threads: int | None = None,
-    context: int | None = None,
+    context: int | Callable[[Manifest], int] | None = None,
     sequences: int = 1,
+    speculation: bool = True,
+    prompt_cache: bool = True,
 ) -> XrayModel:
     """Check a bundle and open it.
 
@@ -65,9 +71,13 @@ def load(
     device
         "auto", "cpu" or "cuda".
     threads, context
-        None lets `device.plan` choose.
+        None lets `device.plan` choose. A function is given the manifest and names the rows that are needed.
     sequences
         Conversations and answers that may be open at once; further ones wait for their turn.
+    speculation
+        Guess at next tokens, where one greedy answer is written alone and it pays; no answer changes.
+    prompt_cache
+        Keep the rows of the prompt's fixed text in the user's cache folder, for the next process.
 
     Raises
     ------
@@ -76,7 +86,18 @@ def load(
     DeviceError, MissingPackageError, NativeError
         What it needs to run is absent, or llama.cpp's build does not run on this machine.
     """
-    return open_bundle(checked(bundle), device=device, threads=threads, context=context, sequences=sequences)
+    found = checked(bundle)
+    if callable(context):
+        context = fitting(found, context(found.manifest))
+    return open_bundle(
+        found,
+        device=device,
+        threads=threads,
+        context=context,
+        sequences=sequences,
+        speculation=speculation,
+        prompt_cache=prompt_cache,
+    )
 
 
 def checked(bundle: str | os.PathLike[str] | None) -> Bundle:
@@ -96,10 +117,16 @@ def open_bundle(
     context: int | None = None,
     sequences: int = 1,
     float32_cache: bool = False,
+    speculation: bool = False,
+    prompt_cache: bool = False,
 ) -> XrayModel:
-    """Open a bundle whose files were checked; raises as `load`. `float32_cache`: for parity with float32 references."""
+    """Open a bundle whose files were checked; takes and raises what `load` does, and leaves out what makes it faster.
+
+    `float32_cache` is for parity with float32 references.
+    """
     chosen = plan(bundle, device=device, threads=threads, context=context, sequences=sequences)
-    return XrayModel(bundle, replace(chosen, float32_cache=float32_cache))
+    chosen = replace(chosen, float32_cache=float32_cache)
+    return XrayModel(bundle, chosen, speculation=speculation, prompt_cache=prompt_cache)
 
 
 def plan(
@@ -126,6 +153,11 @@ def plan(
     )
 
 
+def fitting(bundle: Bundle, rows: int) -> int:
+    """A context for so many rows, at most what the model was trained for: then each answer says what is too long."""
+    return max(16, min(rows, gguf_header.read(bundle.llm).context_length))
+
+
 class XrayModel(Closing):
     """An opened bundle. Safe to call from several threads; close it, or use it as a context manager.
 
@@ -135,14 +167,24 @@ class XrayModel(Closing):
         What is loaded, where it runs and why, and what ONNX Runtime really uses.
     """
 
-    def __init__(self, bundle: Bundle, plan: DevicePlan) -> None:
+    def __init__(
+        self, bundle: Bundle, plan: DevicePlan, *, speculation: bool = False, prompt_cache: bool = False
+    ) -> None:
         self.bundle, self.plan = bundle, plan
         self._encoder = vision.Encoder(bundle, plan)
         on_cpu = plan.gpu_layers == 0 and plan.providers[0] == devices.CPU
         # With the same threads they take turns: those of one library slow the other's down more than that.
         in_turn = on_cpu and not plan.encoder_threads
         self._cores: AbstractContextManager[object] = threading.Lock() if in_turn else nullcontext()
-        self._engine = Engine(bundle.llm, plan, self._cores)
+        # Elsewhere rows decoded together are not bit for bit what each is alone.
+        exact = on_cpu and not plan.float32_cache and bundle.manifest.weight_types["llm"] in EXACT
+        self._engine = Engine(
+            bundle.llm,
+            plan,
+            self._cores,
+            phrases=bundle.manifest.prompt.phrases if speculation and exact else None,
+            openings=_openings(bundle, plan) if prompt_cache else None,
+        )
         self._closed = False
         if self._engine.width != bundle.manifest.width:
             self._engine.close()
@@ -334,3 +376,9 @@ class XrayModel(Closing):
         if self._closed:
             raise ClosedError("this model was closed; load it again")
         return self._engine
+
+
+def _openings(bundle: Bundle, plan: DevicePlan) -> Openings:
+    """Where the rows of this bundle's prompts are kept: they depend on the build, the CPU and the kind of KV cache."""
+    kind = f"{plan.gpu_layers} {plan.float32_cache} {plan.batch}"
+    return Openings(Cache(devices.cache_folder()), f"{bundle.id} {native.build_id()} {selftest.cpu_id()} {kind}")

@@ -18,6 +18,7 @@ from xraygpt_lite.values import (
     EmbeddingSegment,
     Float32,
     Int32,
+    Manifest,
     PromptSpec,
     PromptVariant,
     Segment,
@@ -133,6 +134,16 @@ def question_part(variant: PromptVariant, question: str, tokenize: Tokenize) -> 
 def build(variant: PromptVariant, question: str, rows: Float32, tokenize: Tokenize) -> list[Segment]:
     """The whole first turn: `prefix`, then `question_part`."""
     return [*prefix(variant, rows, tokenize), question_part(variant, question, tokenize)]
+
+
+def most_rows(manifest: Manifest, variant: PromptVariant, question: str, answer: int) -> int:
+    """No fewer rows than a first turn takes with an answer of so many tokens; needs no tokenizer.
+
+    A token stands for one byte of UTF-8 at least, and a piece of text begins with one space more.
+    """
+    texts = (variant.before, _fill(variant.after, question))
+    letters = sum(len(text.encode("utf-8", "replace")) + 1 for text in texts if text)
+    return len(variant.before_ids) + letters + manifest.image_tokens + answer
 
 
 def next_turn(variant: PromptVariant, question: str, carry: str, tokenize: Tokenize) -> TokenSegment:

@@ -200,6 +200,8 @@ class PromptSpec:
         Answers and questions may hold boxes `{<x0><y0><x1><y1>}` in so many parts of the image's sides; 0 where not.
     replaced
         Words in an answer → what a reader sees instead, as the authors have it.
+    phrases
+        Texts that answers often begin with or hold. They change no answer: the next tokens are guessed from them.
     """
 
     variants: Mapping[str, PromptVariant]
@@ -213,6 +215,7 @@ class PromptSpec:
     tasks: Mapping[str, TaskSpec] = field(default_factory=dict)
     box_grid: int = 0
     replaced: Mapping[str, str] = field(default_factory=dict)
+    phrases: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

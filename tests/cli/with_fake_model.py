@@ -32,7 +32,7 @@ from xraygpt_lite.values import (
 )
 
 MANIFEST = Manifest(
-    schema=2,
+    schema=3,
     name="fake",
     family="fake",
     licence="none",
@@ -171,7 +171,7 @@ class Model:
         return Path(image).stat().st_size
 
 
-def load(bundle: str | None, *, device: str, threads: int | None) -> Model:
+def load(bundle: str | None, *, device: str, threads: int | None, context: Any = None) -> Model:
     if bundle == "altered":
         raise errors.BundleError("llm.gguf has the sha256 00…, but bundle.json lists 11…; copy the bundle again")
     if device == "cuda":

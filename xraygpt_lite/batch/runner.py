@@ -25,12 +25,11 @@ from xraygpt_lite.batch.inputs import Input, find
 from xraygpt_lite.batch.journal import Entry, Header, Journal, Keys
 from xraygpt_lite.batch.pipeline import Ask, Job, Pipeline
 from xraygpt_lite.batch.workers import Pool, worker_count
-from xraygpt_lite.bundle import gguf_header
 from xraygpt_lite.closing import Closing
 from xraygpt_lite.errors import XrayError
 from xraygpt_lite.options import resolve
 from xraygpt_lite.prompt import Asked, ask, variant_of
-from xraygpt_lite.values import Bundle, Failure, GenerationOptions, Manifest, Record, Sampling, Summary
+from xraygpt_lite.values import Failure, GenerationOptions, Manifest, Record, Sampling, Summary
 
 FILE_TIMEOUT = 300.0
 """Seconds that reading a file, and then answering about it, may take."""
@@ -129,14 +128,14 @@ class Run(Closing):
             self._keys = self.journal.keys if self.journal else Keys(None)
             pool = stack.enter_context(Pool(manifest.image, worker_count(devices.cores()), file_timeout))
             rows = sizing.rows(found, self._asked, ask.variant, sampling.max_tokens, findings=ask.findings)
-            plan = partial(models.plan, found, device=device, threads=threads, context=_fitting(found, rows))
+            plan = partial(models.plan, found, device=device, threads=threads, context=models.fitting(found, rows))
             shared = plan()
             many, llm_threads, because = sizing.sequences(found, shared, parallel)
             if count is not None and count < many:
                 many, because = max(1, count), (*because, f"{max(1, count)} sequences: no more inputs than that")
             split = llm_threads if llm_threads < shared.threads else None
             chosen = plan(sequences=many, llm_threads=split, because=because)
-            self.model = stack.enter_context(models.XrayModel(found, chosen))
+            self.model = stack.enter_context(models.XrayModel(found, chosen, prompt_cache=True))
             self._pipeline = stack.enter_context(Pipeline(self.model, ask, pool, file_timeout, self._begin))
             self._records = self._run()
             self._stack = stack.pop_all()
@@ -315,11 +314,6 @@ def _check(given: Ask, manifest: Manifest) -> tuple[list[Asked], Sampling]:
         scoring.listed(manifest)
     asked = [ask(manifest.prompt, question, given.task, given.box) for question in given.questions]
     return list(dict.fromkeys(asked)), resolve(given.options, manifest)
-
-
-def _fitting(bundle: Bundle, rows: int) -> int:
-    """A context for so many rows, at most what the model was trained for: then each answer says what is too long."""
-    return max(16, min(rows, gguf_header.read(bundle.llm).context_length))
 
 
 def _crashed(given: Input, question: str) -> Failure:

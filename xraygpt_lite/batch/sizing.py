@@ -6,6 +6,7 @@ but to measure.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -15,7 +16,8 @@ from xraygpt_lite import device, prompt
 from xraygpt_lite.bundle import gguf_header
 from xraygpt_lite.cache import Cache
 from xraygpt_lite.llm import native, rates, selftest
-from xraygpt_lite.values import Bundle, DevicePlan
+from xraygpt_lite.values import Bundle, DevicePlan, Pixels
+from xraygpt_lite.vision import Encoder
 
 CANDIDATES = (1, 2, 4, 8, 16)
 _KIND = "rates"
@@ -55,11 +57,28 @@ def sequences(bundle: Bundle, plan: DevicePlan, wanted: int | None = None) -> tu
     several = {plan.threads, plan.threads // 2} - {0} if plan.gpu_layers == 0 else {plan.threads}
     try:
         seconds = {threads: dict(zip(CANDIDATES, known[str(threads)], strict=True)) for threads in several}
+        encoder = float(known["encoder"])
     except (TypeError, KeyError, ValueError):  # never measured, or by another version
         seconds = {
             threads: rates.step_seconds(bundle.llm, replace(plan, threads=threads), CANDIDATES) for threads in several
         }
-        cache.put(_KIND, key, {str(threads): list(each.values()) for threads, each in seconds.items()})
+        encoder = _encoder_seconds(bundle, plan)
+        measured = {str(threads): list(each.values()) for threads, each in seconds.items()}
+        cache.put(_KIND, key, {**measured, "encoder": encoder})
     row = gguf_header.read(bundle.llm).cache_row
     room = device.free_memory() - bundle.llm.stat().st_size
-    return device.parallel(seconds, row * plan.context, room, wanted)
+    return device.parallel(seconds, encoder, row * plan.context, room, wanted)
+
+
+def _encoder_seconds(bundle: Bundle, plan: DevicePlan) -> float:
+    """Seconds that one radiograph takes; the first, which takes longer, does not count."""
+    side = bundle.manifest.image.size
+    pixels = Pixels(np.zeros((1, 3, side, side), np.float32), ())
+    encoder = Encoder(bundle, plan)
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        encoder.encode(pixels)
+        times.append(time.perf_counter() - began)
+    encoder.close()
+    return min(times[1:])

@@ -16,7 +16,7 @@ from xraygpt_lite.bundle import typed_json
 from xraygpt_lite.errors import BundleError
 from xraygpt_lite.values import OPTION_RANGES, GenerationOptions, Manifest, PromptSpec, Sampling
 
-SCHEMA = 2
+SCHEMA = 3
 FILE_NAME = "bundle.json"
 REQUIRED_FILES = ("vision.onnx", "projector.onnx", "llm.gguf")
 MAX_BYTES = 4 << 20
@@ -42,7 +42,12 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _tasks_and_beams}
+def _phrases(raw: dict[str, Any]) -> dict[str, Any]:
+    """Schema 2 → 3: no phrases."""
+    return {**raw, "prompt": {"phrases": [], **_object(raw.get("prompt"))}}
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _tasks_and_beams, 2: _phrases}
 """Schema n → the step that turns a manifest of schema n, as decoded JSON, into one of schema n + 1."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -194,6 +199,8 @@ def _prompt_problems(p: PromptSpec) -> Iterator[_Problem]:
             )
     if not 0 <= p.box_grid <= 10_000:
         yield "prompt.box_grid", f"is {p.box_grid}; expected 0 to 10000"
+    if "" in p.phrases:
+        yield "prompt.phrases", "holds an empty string, from which nothing can be guessed"
     if "" in p.replaced:
         yield "prompt.replaced", "holds an empty string, which every text contains"
     if len({f.name for f in p.findings}) != len(p.findings):

@@ -18,7 +18,9 @@ from xraygpt_lite.errors import BundleError, CancelledError, UsageError, XrayErr
 if TYPE_CHECKING:
     from xraygpt_lite import XrayModel
     from xraygpt_lite.report import Format
-    from xraygpt_lite.values import Corners, GenerationOptions, Radiograph, Record, Summary
+    from xraygpt_lite.values import Corners, GenerationOptions, Manifest, Radiograph, Record, Summary
+
+MARKUP = "{<10000><10000><10000><10000>}"  # a box's, at its longest
 
 
 @click.command("summarize")
@@ -70,7 +72,8 @@ def command(
     live = target is None and not as_json and sys.stdout.isatty()
     show = _live if live else partial(_whole, form, put)
     records: list[Record] = []
-    with xraygpt_lite.load(bundle, device=device, threads=threads) as model:
+    rows = partial(_rows, question, wanted, task, corners, variant)
+    with xraygpt_lite.load(bundle, device=device, threads=threads, context=rows) as model:
         asked = model.check(question, wanted, task=task, box=corners, variant=variant)
         ask = _Ask(model, question, asked.question, wanted, task, corners, variant, several)
         for image in images:
@@ -123,6 +126,23 @@ class _Ask:
             if isinstance(error, UsageError) and not self.several:
                 raise
             return Failure(image, _sha256(data), self.asked, error.stage, type(error).__name__, str(error))
+
+
+def _rows(
+    question: str | None,
+    options: GenerationOptions,
+    task: str | None,
+    box: Corners | None,
+    variant: str | None,
+    manifest: Manifest,
+) -> int:
+    """Rows of the KV cache that no first turn exceeds: at seven billion parameters half a megabyte each."""
+    from xraygpt_lite import prompt
+    from xraygpt_lite.options import resolve
+
+    _, wording = prompt.variant_of(manifest.prompt, variant)
+    text = prompt.wording(manifest.prompt, prompt.ask(manifest.prompt, question, task, box), MARKUP)
+    return prompt.most_rows(manifest, wording, text, resolve(options, manifest).max_tokens)
 
 
 def _whole(form: Format, put: Callable[[str], object], ask: _Ask, image: str, several: bool) -> Record:

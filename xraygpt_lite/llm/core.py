@@ -1,7 +1,8 @@
 """The engine thread: it alone touches the context, and decodes one row for every active sequence in each step.
 
 What prompts have in common, the rows before the first image, is prefilled once: a sequence keeps it when it is given
-back, and others copy it. Prompts of one form are prefilled in common calls.
+back, and others copy it; later processes find it in a store. Prompts of one form are prefilled in common calls. Where
+one answer is written alone, a call may also verify guesses at its next tokens.
 
 Knows requests and native objects. Callers, slots and streams live in `scheduler`; they only submit and wait.
 """
@@ -9,6 +10,8 @@ Knows requests and native objects. Callers, slots and streams live in `scheduler
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -18,15 +21,24 @@ import numpy as np
 from ..errors import CancelledError, ClosedError, NativeError, UsageError, XrayError
 from ..values import DevicePlan
 from .native import Batch, Context, Model
+from .openings import Openings
 from .requests import Cut, Generate, Request, Trace
 from .search import Search
 from .sequence import Held
+from .speculation import Speculation
 
 
 class Core:
     """Model, context and thread of one engine. Holds no reference to the `Engine` that callers see."""
 
-    def __init__(self, gguf: Path, plan: DevicePlan, cores: AbstractContextManager[object]) -> None:
+    def __init__(
+        self,
+        gguf: Path,
+        plan: DevicePlan,
+        cores: AbstractContextManager[object],
+        phrases: Sequence[str] | None,
+        openings: Openings | None,
+    ) -> None:
         self._cores = cores
         self.model = Model(gguf, plan.gpu_layers)
         self.cells = min(plan.context, self.model.trained_context)
@@ -46,6 +58,10 @@ class Core:
         self._active: list[Request] = []
         # Sequence → the token ids of the opening rows in its cache, whoever holds it.
         self._openings: dict[int, bytes] = {}
+        self._store = openings
+        self._speculation = None
+        if phrases is not None:
+            self._speculation = Speculation(self.model.tokenize(each, leading_space=True).tolist() for each in phrases)
         self._broken: str | None = None
         self._thread = threading.Thread(target=self._run, name="xraygpt-lite-engine", daemon=True)
         self._thread.start()
@@ -203,7 +219,8 @@ class Core:
         if self._decode(together):
             for number, request in enumerate(together):
                 if request.opening is not None:
-                    self._openings[request.held.id], request.opening = request.opening, None
+                    self._keep_opening(request.held.id, request.opening)
+                    request.opening = None
                 request.held.rows += rows
                 request.chunks.popleft()
                 self._advance(request, range((number + 1) * rows - first.outputs, (number + 1) * rows))
@@ -233,15 +250,37 @@ class Core:
             return
         target, rows = request.held.id, len(request.chunks[0].content)
         holders = [s for s, ids in self._openings.items() if ids == request.opening and self.context.length(s) >= rows]
-        if not holders:
+        if not holders and not self._recall(target, request.opening, rows):
             return
-        if target not in holders:
+        if holders and target not in holders:
             self.context.cut(target, 0)
             self.context.copy(holders[0], target)
         self.context.cut(target, rows)
         self._openings[target], request.opening = request.opening, None
         request.held.rows = rows
         request.chunks.popleft()
+
+    def _keep_opening(self, sequence: int, opening: bytes) -> None:
+        """Remember what a sequence begins with, and put its rows, nothing else being there yet, into the store."""
+        self._openings[sequence] = opening
+        if self._store:
+            self._store.put(opening, lambda: self.context.save(sequence))
+
+    def _recall(self, sequence: int, opening: bytes, rows: int) -> bool:
+        """Take opening rows from the store; False where it has none that fit."""
+        state = self._store.get(opening) if self._store else None
+        if state is None:
+            return False
+        self._openings.pop(sequence, None)
+        self.context.cut(sequence, 0)
+        try:
+            self.context.restore(sequence, state)
+            if self.context.length(sequence) == rows:
+                return True
+        except NativeError:  # of another form: as if it were not there
+            pass
+        self.context.cut(sequence, 0)
+        return False
 
     def _overwrite(self, held: Held) -> None:
         """Forget opening rows that the next ones will replace."""
@@ -265,9 +304,12 @@ class Core:
         ready = [request for request in self._active if isinstance(request, Generate) and not request.chunks]
         if not ready:
             return
+        if self._speculation and len(ready) == 1 and ready[0].guessable:
+            self._leap(ready[0], self._speculation)
+            return
         ready.sort(key=lambda request: request.held.id)
         self._batch.put(
-            np.fromiter((request.next_token for request in ready), np.int32, len(ready)),
+            np.fromiter((request.ids[-1] for request in ready), np.int32, len(ready)),
             [request.held.rows for request in ready],
             [request.held.id for request in ready],
             [request.wants_logits for request in ready],
@@ -276,6 +318,19 @@ class Core:
             for row, request in enumerate(ready):
                 request.held.rows += 1
                 self._advance(request, (row,))
+
+    def _leap(self, request: Generate, speculation: Speculation) -> None:
+        """Decode the next row of the only request that generates, and those of guesses at what follows it."""
+        began, before = time.perf_counter(), len(request.ids)
+        guesses = speculation.guess(request.ids, min(request.guessable, self.context.batch - 1))
+        rows = 1 + len(guesses)
+        content = np.array([request.ids[-1], *guesses], np.int32)
+        self._batch.put(content, request.held.rows + np.arange(rows), request.held.id, True)
+        if self._decode([request]):
+            request.held.rows += rows
+            self._advance(request, range(rows), guesses)
+            speculation.called(len(guesses), len(request.ids) - before - 1, time.perf_counter() - began)
+            speculation.learn(request.ids, before)
 
     def _search(self) -> None:
         """Take one step of every beam search; each decodes in a context of its own."""
@@ -293,9 +348,13 @@ class Core:
             return False
         return True
 
-    def _advance(self, request: Request, rows: range | tuple[int, ...]) -> None:
+    def _advance(self, request: Request, rows: range | tuple[int, ...], guesses: Sequence[int] = ()) -> None:
         try:
-            request.advance(self.context, rows)
+            if guesses:
+                assert isinstance(request, Generate)
+                request.advance(self.context, rows, guesses)
+            else:
+                request.advance(self.context, rows)
         # The reader is the caller's code: whatever it raises is the caller's to hear and ends this request alone.
         except Exception as error:
             self._fail([request], error)

@@ -29,6 +29,10 @@ _SENTENCEPIECE = 1
 _BOOL_OVERRIDE = 2
 _FLOAT32_TYPE = 0
 _FLASH_ATTENTION_OFF = 0
+# Of the cached values on a CPU. Keys and values of one type take another way through llama.cpp's attention where a row
+# is alone and more than 256 are in the cache: its sums depend on the number of threads, and differ from those of rows
+# decoded together. This one is as large and as near to float32: those sums are then not rounded to float16.
+_BFLOAT16_TYPE = 30
 _BYTES = ctypes.POINTER(ctypes.c_uint8)
 _DAMAGED = "the language model's logits are not finite: its weights or the image rows are damaged"
 UInt8 = npt.NDArray[np.uint8]
@@ -176,6 +180,8 @@ class Context:
         )
         if plan.float32_cache:
             set_fields(params, type_k=_FLOAT32_TYPE, type_v=_FLOAT32_TYPE, flash_attn_type=_FLASH_ATTENTION_OFF)
+        elif plan.gpu_layers == 0:
+            set_fields(params, type_v=_BFLOAT16_TYPE)
         mark = log.mark()
         self._pointer = self._lib.llama_init_from_model(model.pointer, params)
         if not self._pointer:

@@ -40,6 +40,8 @@ class Generation:
         Seconds until the first token's logits, and from there to the end.
     carry
         Text of the answer that belongs to a token which was cut; goes before the next turn's text.
+    calls
+        Decode calls after the prompt's: fewer than tokens where guesses were right.
     """
 
     ids: tuple[int, ...]
@@ -49,6 +51,7 @@ class Generation:
     prefill_s: float
     generate_s: float
     carry: str
+    calls: int
 
 
 Outcome = Generation | Float32 | BaseException
@@ -142,6 +145,7 @@ class Answer(Request):
         self._base = held.rows + self.prompt_rows
         self._born = time.perf_counter()
         self._prefilled = self._born
+        self._calls = 0
 
     def _complete(self, context: Context, draft: Draft, unseen: str = "") -> None:
         """Show the rest of the text after `unseen`, cut the cache to the tokens wholly before the stop, and report."""
@@ -163,6 +167,7 @@ class Answer(Request):
                 prefill_s=self._prefilled - self._born,
                 generate_s=now - self._prefilled,
                 carry=draft.carry,
+                calls=self._calls,
             )
         )
 
@@ -185,21 +190,32 @@ class Generate(Answer):
         super().__init__(held, segments, chunk)
         self._pieces = pieces
         self._sampler = sampler
+        self._limit = sampling.max_tokens
         self._draft = Draft(reader, stop_ids, sampling.max_tokens)
 
     @property
-    def next_token(self) -> int:
-        """The token whose row is to be decoded next."""
-        return self._draft.ids[-1]
+    def ids(self) -> Sequence[int]:
+        """The tokens so far. The row of the last one is to be decoded next."""
+        return self._draft.ids
 
     @property
     def wants_logits(self) -> bool:
         """False for the row of the very last token, which only has to enter the cache."""
         return self._draft.finish is None
 
-    def advance(self, context: Context, rows: Sequence[int]) -> None:
-        """Choose the next token, show its text, and end where it stops."""
+    @property
+    def guessable(self) -> int:
+        """How many tokens after the next row's may be guessed at: none where choosing is not just the likeliest."""
+        return self._limit - len(self._draft.ids) - 1 if self._sampler.greedy and self.wants_logits else 0
+
+    def advance(self, context: Context, rows: Sequence[int], guesses: Sequence[int] = ()) -> None:
+        """Choose the next token, show its text, and end where it stops.
+
+        A row may be followed by those of guesses: each gives a further token for as long as the guess before was right.
+        The others are cut off again.
+        """
         draft = self._draft
+        self._calls += bool(draft.ids)
         if not self.wants_logits:
             self._complete(context, draft, self._unseen)
             return
@@ -207,10 +223,18 @@ class Generate(Answer):
             return
         if not draft.ids:
             self._prefilled = time.perf_counter()
-        token = self._sampler.sample(context, rows[0])
-        text = draft.add(token, context.model.piece(token))
-        if text and self._pieces:
-            self.events.put(text)
+        used = 0
+        for row, guess in zip(rows, (*guesses, None), strict=True):
+            token = self._sampler.sample(context, row)
+            text = draft.add(token, context.model.piece(token))
+            if text and self._pieces:
+                self.events.put(text)
+            used += 1
+            if token != guess or draft.finish is not None:
+                break
+        if used < len(rows):
+            self.held.rows -= len(rows) - used
+            context.cut(self.held.id, self.held.rows)
         if draft.finish is not None and draft.kept < len(draft.ids):
             self._complete(context, draft, self._unseen)
 

@@ -84,6 +84,11 @@ class Sampler:
         self._add(self._lib.llama_sampler_init_temp(sampling.temperature))
         self._add(self._lib.llama_sampler_init_dist(sampling.seed))
 
+    @property
+    def greedy(self) -> bool:
+        """Whether it takes the likeliest token, always, and remembers nothing."""
+        return not self._chain
+
     def _add(self, part: Any) -> None:
         if not part:
             raise NativeError("llama.cpp could not make a sampler")
@@ -98,7 +103,7 @@ class Sampler:
 
     def sample(self, context: Context, row: int) -> int:
         """Choose the token that follows one row of the last batch, and remember it for the penalties."""
-        if not self._chain:
+        if self.greedy:
             return context.likeliest(row)
         context.logits(row)  # refuses what is not finite
         token = int(self._lib.llama_sampler_sample(self._chain, context.pointer, row))

@@ -23,6 +23,7 @@ from ..errors import CancelledError, ClosedError, NativeError, UsageError
 from ..values import DevicePlan, Float32, Int32, Sampling, Segment, TokenSegment
 from .core import Core
 from .draft import Reader
+from .openings import Openings
 from .requests import Answer, Cut, Generate, Generation, Request, Trace
 from .sampling import Sampler
 from .search import Search
@@ -43,6 +44,11 @@ class Engine(Closing):
     cores
         Held during each decode call, e.g. a lock that another library's calls hold, too: the threads of two of them,
         each made for all cores, slow each other down more than taking turns does.
+    phrases
+        Texts that answers begin with or hold: greedy answers are then sped up by guessing (`speculation`). None does
+        not guess.
+    openings
+        Where the rows of a prompt's fixed text are kept for later processes.
 
     Attributes
     ----------
@@ -59,8 +65,16 @@ class Engine(Closing):
         The model cannot be loaded.
     """
 
-    def __init__(self, gguf: Path, plan: DevicePlan, cores: AbstractContextManager[object] | None = None) -> None:
-        self._core = Core(gguf, plan, cores or nullcontext())
+    def __init__(
+        self,
+        gguf: Path,
+        plan: DevicePlan,
+        cores: AbstractContextManager[object] | None = None,
+        *,
+        phrases: Sequence[str] | None = None,
+        openings: Openings | None = None,
+    ) -> None:
+        self._core = Core(gguf, plan, cores or nullcontext(), phrases, openings)
         model = self._core.model
         self.width, self.vocab, self.bos, self.eos = model.width, model.vocab, model.bos, model.eos
         self.context = self._core.cells

@@ -58,27 +58,31 @@ def test_it_is_measured_once(bundle: Bundle, tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_fewest_of_the_fastest_are_chosen() -> None:
-    assert device.parallel({2: {1: 1.0, 2: 1.9, 4: 2.0, 8: 2.0, 16: 3.95}}, 0, GB)[0] == 8  # 16 would be 1 % faster
-    assert device.parallel({2: {1: 1.0, 2: 2.5, 4: 5.0}}, 0, GB)[0] == 1
+    assert device.parallel({2: {1: 1.0, 2: 1.9, 4: 2.0, 8: 2.0, 16: 3.95}}, 0, 0, GB)[0] == 8  # 16 would be 1 % faster
+    assert device.parallel({2: {1: 1.0, 2: 2.5, 4: 5.0}}, 0, 0, GB)[0] == 1
 
 
 def test_memory_bounds_the_number_and_the_reason_says_so() -> None:
     seconds = {1: {1: 1.0, 2: 1.1, 4: 1.2}}
-    chosen, _, (reason,) = device.parallel(seconds, GB, 4 * GB + 1)
+    chosen, _, (reason,) = device.parallel(seconds, 0, GB, 4 * GB + 1)
     assert chosen == 2
     assert "4 would not fit 4.0 GB" in reason
-    assert device.parallel(seconds, GB, 0)[0] == 1
+    assert device.parallel(seconds, 0, GB, 0)[0] == 1
 
 
 def test_threads_that_add_little_are_the_encoder_s() -> None:
-    chosen, threads, reasons = device.parallel({4: {1: 1.0, 8: 2.0}, 2: {1: 1.0, 8: 3.0}}, 0, GB)
+    chosen, threads, reasons = device.parallel({4: {1: 1.0, 8: 2.0}, 2: {1: 1.0, 8: 3.0}}, 6.0, 0, GB)
     assert (chosen, threads) == (8, 2)
     assert "all 4 would make a step 1.5 times as fast" in reasons[1]
-    assert device.parallel({4: {1: 1.0, 8: 2.0}, 2: {1: 1.0, 8: 3.6}}, 0, GB)[1] == 4
+    assert device.parallel({4: {1: 1.0, 8: 2.0}, 2: {1: 1.0, 8: 3.6}}, 6.0, 0, GB)[1] == 4
+
+
+def test_an_encoder_with_little_to_do_gets_none() -> None:
+    assert device.parallel({4: {1: 1.0, 8: 2.0}, 2: {1: 1.0, 8: 3.0}}, 4.0, 0, GB)[1] == 4  # an answer takes 25 s
 
 
 def test_a_number_that_was_asked_for_is_taken() -> None:
-    chosen, threads, (reason,) = device.parallel({4: {1: 1.0, 8: 2.0}, 2: {1: 1.9, 8: 2.1}}, GB, GB, wanted=5)
+    chosen, threads, (reason,) = device.parallel({4: {1: 1.0, 8: 2.0}, 2: {1: 1.9, 8: 2.1}}, 9.0, GB, GB, wanted=5)
     assert (chosen, threads, reason) == (5, 4, "5 sequences: asked for")
 
 

@@ -204,6 +204,11 @@ def test_schema_1_had_no_tasks_beams_or_warnings(v1: dict[str, Any]) -> None:
     assert (read.prompt.tasks, read.prompt.box_grid, read.prompt.replaced) == ({}, 0, {})
 
 
+def test_schema_2_had_no_phrases() -> None:
+    data = json.dumps(RAW | {"schema": 2, "prompt": {k: v for k, v in RAW["prompt"].items() if k != "phrases"}})
+    assert manifest.parse(data.encode()) == replace(GOOD, prompt=replace(GOOD.prompt, phrases=()))
+
+
 @pytest.mark.parametrize("key", ["prompt", "defaults", "presets"])
 @pytest.mark.parametrize("value", [None, 3, [], {"greedy": 1}])
 def test_schema_1_that_is_no_manifest_is_refused(v1: dict[str, Any], key: str, value: Any) -> None:

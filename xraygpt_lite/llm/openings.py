@@ -1,0 +1,55 @@
+"""The rows of a prompt's fixed text before the image, kept from one process to the next in the user's cache folder.
+
+They are the same for every radiograph and run, and at seven billion parameters they take seconds to prefill. Only what
+an engine calls an opening comes here: never a question's or an image's rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from ..cache import Cache
+from .native import UInt8
+
+_KIND = "openings"
+
+
+class Openings:
+    """States of one bundle, build of llama.cpp, CPU and form of KV cache.
+
+    Parameters
+    ----------
+    cache
+        Bounded, atomic, and done without where it cannot be written.
+    model
+        Names all that the rows depend on but their token ids.
+    """
+
+    def __init__(self, cache: Cache, model: str) -> None:
+        self._cache, self._model = cache, model
+        # Those that are not there are looked for once in a process, and each is written once.
+        self._missing, self._written = set[bytes](), set[bytes]()
+
+    def get(self, opening: bytes) -> UInt8 | None:
+        """The state kept for an opening's token ids, or None."""
+        if opening in self._missing:
+            return None
+        data = self._cache.get_bytes(_KIND, self._key(opening))
+        if data is None:
+            self._missing.add(opening)
+            return None
+        return np.frombuffer(data, np.uint8)
+
+    def put(self, opening: bytes, state: Callable[[], UInt8]) -> None:
+        """Keep the state of an opening that was not there."""
+        if opening in self._written:
+            return
+        self._written.add(opening)
+        self._missing.discard(opening)
+        self._cache.put_bytes(_KIND, self._key(opening), state().tobytes())
+
+    def _key(self, opening: bytes) -> str:
+        return f"{self._model} {hashlib.sha256(opening).hexdigest()}"
