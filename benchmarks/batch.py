@@ -62,13 +62,15 @@ def one_by_one(model: XrayModel, inputs: Sequence[Input], options: GenerationOpt
     return time.perf_counter() - began, said
 
 
-def together(bundle: Path, inputs: Sequence[Input], options: GenerationOptions, parallel: int | None) -> dict[str, Any]:
+def together(
+    bundle: Path, inputs: Sequence[Input], options: GenerationOptions, parallel: int | None, device: str = "auto"
+) -> dict[str, Any]:
     """A batch from its first record's preparation to the journal's last flush; the model is loaded before."""
     with (
         tempfile.TemporaryDirectory() as folder,
         Run(
             inputs, Ask(options=options), output=Path(folder) / "out.jsonl", count=len(inputs), bundle=bundle,
-            parallel=parallel,
+            parallel=parallel, device=device,
         ) as run,
     ):  # fmt: skip
         began = time.perf_counter()
@@ -129,26 +131,33 @@ def bare(bundle: Bundle, inputs: Sequence[Input], said: Sequence[Summary], seque
 
 
 def compare(
-    bundle: Bundle, inputs: Sequence[Input], options: GenerationOptions, repeats: int, parallel: int | None
+    bundle: Bundle,
+    inputs: Sequence[Input],
+    options: GenerationOptions,
+    repeats: int,
+    parallel: int | None,
+    some: int | None,
 ) -> dict[str, Any]:
-    """Medians over the repeats, and the ratios."""
+    """Medians over the repeats, and the ratios; `some` radiographs only are answered for one by one."""
     alone, batched, bound, rounds = [], [], [], []
+    few = inputs[:some]
     sequences = parallel or sizing.sequences(bundle, models.plan(bundle))[0]
     for _ in range(repeats):
         with models.open_bundle(bundle) as model:
             model.summarize(inputs[0].path, options=options)
-            seconds, said = one_by_one(model, inputs, options)
-        alone.append(seconds)
+            seconds, said = one_by_one(model, few, options)
+        alone.append(seconds * len(inputs) / len(few))
+        print(f"one by one {alone[-1]:.1f} s", file=sys.stderr)
         run = together(bundle.folder, inputs, options, sequences)
         batched.append(run["seconds"])
-        by_name = {record.source: record.raw_text for record in run["records"]}
-        assert all(by_name[str(one.path)] == summary.raw_text for one, summary in zip(inputs, said, strict=True))
+        by_name = {record.source: record for record in run["records"]}
+        for one, summary in zip(few, said, strict=True):
+            assert by_name[str(one.path)].raw_text == summary.raw_text, f"{one.name} is answered otherwise in a batch"
+        print(f"batch {batched[-1]:.1f} s, the texts are the same", file=sys.stderr)
+        said = [by_name[str(one.path)] for one in inputs]
         bound.append(bare(bundle, inputs, said, sequences))
         rounds.append((alone[-1] / batched[-1], sum(bound[-1]) / batched[-1]))
-        print(
-            f"one by one {alone[-1]:.1f} s, batch {batched[-1]:.1f} s, bound {bound[-1][0]:.1f} + {bound[-1][1]:.1f} s",
-            file=sys.stderr,
-        )
+        print(f"bound {bound[-1][0]:.1f} + {bound[-1][1]:.1f} s", file=sys.stderr)
     return {
         "images": len(inputs),
         "sequences": sequences,
@@ -182,6 +191,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="answers of exactly so many tokens; default: as they come")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parallel", type=int, help="sequences; default: measured")
+    parser.add_argument(
+        "--alone", type=int, help="answer one by one for so many only; the others are taken to be alike"
+    )
+    parser.add_argument("--device", default="auto", help="of --table: auto, cpu or cuda, where it goes on to 64")
     parser.add_argument("--table", action="store_true", help="images a minute and memory for 1 to 16 sequences")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -189,17 +202,18 @@ def main() -> None:
     options = GenerationOptions(max_tokens=given.tokens, min_tokens=given.tokens)
     if given.table:
         shared = [part for part in sys.argv[1:] if part not in ("--table", "--json")]
-        figures: Any = {count: row([*shared, "--parallel", str(count)]) for count in TABLE}
+        counts = (*TABLE, 32, 64) if given.device == "cuda" else TABLE
+        figures: Any = {count: row([*shared, "--parallel", str(count)]) for count in counts}
         for count, each in figures.items():
             print(f"{count:2} sequences  {each['images_per_minute']:8.1f} images/min  {each['peak_mb']:8.0f} MB")
     else:
         bundle = models.checked(given.bundle)
         with radiographs(given.images, given.count) as inputs:
             if given.one:
-                run = together(bundle.folder, inputs, options, given.parallel)
+                run = together(bundle.folder, inputs, options, given.parallel, given.device)
                 print(json.dumps({"images_per_minute": 60 * len(inputs) / run["seconds"]}))
                 return
-            figures = compare(bundle, inputs, options, given.repeats, given.parallel)
+            figures = compare(bundle, inputs, options, given.repeats, given.parallel, given.alone)
         for name, value in figures.items():
             print(f"{name:26} {value:.3f}" if isinstance(value, float) else f"{name:26} {value}")
     if given.json:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,6 +24,8 @@ WORTH = 1.7
 SMALL = 0.2
 """An encoder that takes less than this share of an answer's time gets no threads of its own, which would be idle."""
 TYPICAL_ANSWER = 100
+GPU_RESERVE = 768 * 2**20
+"""Of a GPU's free memory, kept for compute buffers and the driver."""
 _CUDA_ADVICE = "see the installation guide for the CUDA build, or use --device cpu"
 
 
@@ -39,6 +42,25 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(platformdirs.user_cache_dir("xraygpt-lite", appauthor=False))
 
 
+@dataclass(frozen=True)
+class Load:
+    """What a bundle would take of a GPU's memory.
+
+    Attributes
+    ----------
+    layers
+        Of the language model, its output layer among them.
+    layer_bytes
+        Weights and KV cache of one layer, about.
+    vision_bytes
+        Encoder and projector with what they need to run, about.
+    """
+
+    layers: int
+    layer_bytes: int
+    vision_bytes: int
+
+
 def plan(
     device: str,
     *,
@@ -50,6 +72,8 @@ def plan(
     sequences: int = 1,
     llm_threads: int | None = None,
     because: Sequence[str] = (),
+    load: Load | None = None,
+    gpu_free: int | None = None,
 ) -> DevicePlan:
     """Decide what runs where.
 
@@ -71,6 +95,8 @@ def plan(
         The language model's, where the encoder is to have the others and to run at the same time.
     because
         Reasons of the last two, where somebody chose.
+    load, gpu_free
+        What the bundle would take, and the bytes that the GPU can give. Where they are not known, all is put there.
 
     Raises
     ------
@@ -95,22 +121,51 @@ def plan(
             if not there
         ]
         raise DeviceError(f"--device cuda cannot be met: {' and '.join(lacking)}; {_CUDA_ADVICE}")
+    use_vision, use_llama = device != "cpu" and vision_gpu, device != "cpu" and llama_gpu
+    layers, shortage = -1, ("", "")
+    if load and gpu_free is not None and (use_vision or use_llama):
+        layers, vision_fits, shortage = _offload(load, gpu_free, use_llama)
+        use_vision, use_llama = use_vision and vision_fits, use_llama and layers != 0
+        if device == "cuda" and not use_llama:
+            raise DeviceError(
+                f"--device cuda cannot be met: {gpu_free / 1e9:.1f} GB of the GPU's memory are free, and one layer of "
+                f"this model takes {load.layer_bytes / 1e9:.1f} GB; free some, or use --device auto"
+            )
     reasons = [
-        _reason("vision", device, vision_gpu, "ONNX Runtime's CUDA provider"),
-        _reason("language model", device, llama_gpu, "a GPU in llama.cpp"),
+        shortage[0] or _reason("vision", device, vision_gpu, "ONNX Runtime's CUDA provider"),
+        shortage[1] or _reason("language model", device, llama_gpu, "a GPU in llama.cpp"),
         f"{threads} threads were asked for" if threads else f"{cores()} threads: one for each core of this process",
     ]
     reasons += because
-    use_vision, use_llama = device != "cpu" and vision_gpu, device != "cpu" and llama_gpu
     return DevicePlan(
         device="cuda" if use_vision or use_llama else "cpu",
         providers=(CUDA, CPU) if use_vision else (CPU,),
-        gpu_layers=-1 if use_llama else 0,
+        gpu_layers=layers if use_llama else 0,
         threads=llm_threads or threads or cores(),
         encoder_threads=(threads or cores()) - llm_threads if llm_threads else 0,
         context=context or min(DEFAULT_CONTEXT, trained_context),
         sequences=sequences,
         reasons=tuple(reasons),
+    )
+
+
+def _offload(load: Load, free: int, llama: bool) -> tuple[int, bool, tuple[str, str]]:
+    """Layers that fit (-1 = all), whether vision does, and what is to be said of what does not, vision first.
+
+    Layers come first: nearly all of an answer's time is theirs, and more of it for each byte than of the encoder's.
+    """
+    room, told = free - GPU_RESERVE, f"{free / 1e9:.1f} GB of the GPU's memory are free"
+    fitting = min(load.layers, max(0, room // load.layer_bytes)) if llama else 0
+    left = room - fitting * load.layer_bytes
+    whole = fitting == load.layers or not llama
+    vision = whole and left >= load.vision_bytes
+    return (
+        -1 if whole else fitting,
+        vision,
+        (
+            "" if vision else f"vision on the CPU: {told}, and the language model's layers come first",
+            "" if whole else f"language model: {fitting} of {load.layers} layers on the GPU: {told}",
+        ),
     )
 
 

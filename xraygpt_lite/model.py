@@ -140,17 +140,30 @@ def plan(
     because: Sequence[str] = (),
 ) -> DevicePlan:
     """Where and how a bundle would run; takes what `device.plan` takes, raises as `load`."""
+    header = gguf_header.read(bundle.llm)
+    cells = context or min(devices.DEFAULT_CONTEXT, header.context_length)
     return devices.plan(
         device,
         providers=vision.available_providers(),
         llama_gpu=native.supports_gpu(),
-        trained_context=gguf_header.read(bundle.llm).context_length,
+        trained_context=header.context_length,
         threads=threads,
         context=context,
         sequences=sequences,
         llm_threads=llm_threads,
         because=because,
+        load=_gpu_load(bundle, header, cells * sequences),
+        gpu_free=native.gpu_memory() if device != "cpu" else None,
     )
+
+
+def _gpu_load(bundle: Bundle, header: gguf_header.GgufHeader, cells: int) -> devices.Load | None:
+    """What a GPU would have to hold; vision graphs take about half more than their files while they run."""
+    if not header.layers:
+        return None
+    layers = header.layers + 1
+    graphs = sum(entry.size for entry in bundle.manifest.files if entry.name != bundle.llm.name)
+    return devices.Load(layers, (bundle.llm.stat().st_size + cells * header.cache_row) // layers, graphs * 3 // 2)
 
 
 def fitting(bundle: Bundle, rows: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from xraygpt_lite.errors import DeviceError, UsageError
 from xraygpt_lite.values import DevicePlan
 
 
-def plan(name: str, *, vision: bool = False, llama: bool = False, **more: int) -> DevicePlan:
+def plan(name: str, *, vision: bool = False, llama: bool = False, **more: Any) -> DevicePlan:
     providers = (device.CUDA, device.CPU) if vision else (device.CPU,)
     return device.plan(name, providers=providers, llama_gpu=llama, trained_context=4096, **more)
 
@@ -28,6 +29,39 @@ def test_auto_takes_what_gpu_there_is_and_names_the_rest() -> None:
     assert (chosen.device, chosen.providers, chosen.gpu_layers) == ("cuda", (device.CPU,), -1)
     assert chosen.reasons[0].startswith("vision on the CPU")
     assert chosen.reasons[1].startswith("language model on the GPU")
+
+
+GB = 10**9
+LOAD = device.Load(layers=33, layer_bytes=GB // 8, vision_bytes=GB)
+
+
+@pytest.mark.parametrize(
+    ("free", "layers", "vision"),
+    [(80 * GB, -1, True), (6 * GB, -1, True), (5 * GB + GB // 2, -1, False), (3 * GB, 17, False), (GB // 2, 0, False)],
+)
+def test_what_does_not_fit_a_gpu_stays_on_the_cpu_layers_first(free: int, layers: int, vision: bool) -> None:
+    chosen = plan("auto", vision=True, llama=True, load=LOAD, gpu_free=free)
+    assert (chosen.gpu_layers, chosen.providers[0] == device.CUDA) == (layers, vision)
+    assert chosen.device == ("cuda" if layers else "cpu")
+    short = [reason for reason in chosen.reasons if "of the GPU's memory are free" in reason]
+    assert len(short) == (layers not in (-1,)) + (not vision)
+
+
+def test_a_gpu_of_one_library_only_is_shared_with_nobody() -> None:
+    chosen = plan("auto", vision=True, load=LOAD, gpu_free=2 * GB)
+    assert (chosen.gpu_layers, chosen.providers[0]) == (0, device.CUDA)
+    assert plan("auto", vision=True, load=LOAD, gpu_free=GB).providers[0] == device.CPU
+
+
+def test_an_order_for_a_gpu_that_is_full_is_refused() -> None:
+    with pytest.raises(DeviceError, match=r"0\.5 GB of the GPU's memory are free.*--device auto"):
+        plan("cuda", vision=True, llama=True, load=LOAD, gpu_free=GB // 2)
+    assert plan("cuda", vision=True, llama=True, load=LOAD, gpu_free=3 * GB).gpu_layers == 17
+
+
+def test_without_figures_everything_goes_to_the_gpu() -> None:
+    chosen = plan("auto", vision=True, llama=True, load=LOAD, gpu_free=None)
+    assert (chosen.gpu_layers, chosen.providers[0]) == (-1, device.CUDA)
 
 
 def test_cpu_is_obeyed_where_a_gpu_is_there() -> None:

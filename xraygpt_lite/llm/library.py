@@ -6,6 +6,7 @@ of models, sequences or sampling. Never uses the high-level `Llama` class.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -23,6 +24,8 @@ REINSTALL = (
 )
 WARNING, ERROR, CONTINUED = 3, 4, 5
 _KEPT_LINES = 2000
+_GPU = 1
+_SIZE = ctypes.POINTER(ctypes.c_size_t)
 
 
 class Log:
@@ -152,3 +155,35 @@ def system_info() -> str:
 def supports_gpu() -> bool:
     """Tell whether this build of llama.cpp can offload layers to a GPU that is present."""
     return bool(library().llama_supports_gpu_offload())
+
+
+def gpu_memory() -> int | None:
+    """Return the free bytes of all GPUs that this build of llama.cpp sees; None where it cannot be asked.
+
+    Where no GPU is at hand it was tried with the CPU's device alone, which this leaves out.
+    """
+    if not supports_gpu():
+        return None
+    return sum(free for kind, free in devices() if kind == _GPU) or None
+
+
+def devices() -> list[tuple[int, int]]:
+    """Return kind (0 = CPU, 1 = GPU, as ggml numbers them) and free bytes of each device; empty where ggml is mute."""
+    names = {path.name.removeprefix("lib").split(".")[0]: path for path in library_files()}
+    try:
+        registry, base = ctypes.CDLL(str(names["ggml"])), ctypes.CDLL(str(names["ggml-base"]))
+        registry.ggml_backend_dev_count.restype = ctypes.c_size_t
+        registry.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
+        registry.ggml_backend_dev_get.restype = ctypes.c_void_p
+        base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
+        base.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, _SIZE, _SIZE]
+    except (KeyError, OSError, AttributeError):
+        return []
+    library()  # loads the backends
+    found = []
+    for number in range(registry.ggml_backend_dev_count()):
+        device = registry.ggml_backend_dev_get(number)
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
+        found.append((int(base.ggml_backend_dev_type(device)), free.value))
+    return found

@@ -18,9 +18,9 @@ import numpy.typing as npt
 
 from ..errors import BundleError, ClosedError, DeviceError, NativeError, UsageError
 from ..values import DevicePlan, Float32, Int32
-from .library import build_id, library, log, set_fields, supports_gpu, system_info
+from .library import build_id, gpu_memory, library, log, set_fields, supports_gpu, system_info
 
-__all__ = ["Batch", "Context", "Model", "build_id", "set_fields", "supports_gpu", "system_info"]
+__all__ = ["Batch", "Context", "Model", "build_id", "gpu_memory", "set_fields", "supports_gpu", "system_info"]
 
 # Reads the weights into memory of their own. Mapped pages of weights that are repacked for the CPU count twice (a 3.65
 # GB model peaks at 7.5 GB instead of 4.1), and a bundle was hashed just before, so its pages are in the file cache.

@@ -16,7 +16,7 @@ import sentencepiece
 
 from xraygpt_lite.errors import BundleError, ClosedError, DeviceError, NativeError, UsageError
 from xraygpt_lite.llm import native
-from xraygpt_lite.llm.library import ERROR, WARNING, Log, library, set_fields
+from xraygpt_lite.llm.library import ERROR, WARNING, Log, devices, library, set_fields
 from xraygpt_lite.values import DevicePlan
 
 
@@ -274,3 +274,11 @@ def test_the_log_joins_parts_of_a_line_and_keeps_levels_apart() -> None:
 def test_importing_the_room_loads_no_native_library() -> None:
     code = "import sys, xraygpt_lite.llm.scheduler, xraygpt_lite.llm.selftest; sys.exit('llama_cpp' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_devices_are_listed_and_a_cpu_is_no_gpu() -> None:
+    """Where ggml is asked through its own libraries: it knows one CPU at least, and its memory."""
+    found = devices()
+    assert any(kind == 0 and free > 10**8 for kind, free in found)
+    if not native.supports_gpu():
+        assert native.gpu_memory() is None
