@@ -28,7 +28,6 @@ import numpy as np
 
 from xraygpt_lite import model as models
 from xraygpt_lite import prompt
-from xraygpt_lite.batch import sizing
 from xraygpt_lite.batch.inputs import Input, find
 from xraygpt_lite.batch.pipeline import Ask
 from xraygpt_lite.batch.runner import Run
@@ -141,14 +140,14 @@ def compare(
     """Medians over the repeats, and the ratios; `some` radiographs only are answered for one by one."""
     alone, batched, bound, rounds = [], [], [], []
     few = inputs[:some]
-    sequences = parallel or sizing.sequences(bundle, models.plan(bundle))[0]
     for _ in range(repeats):
         with models.open_bundle(bundle) as model:
             model.summarize(inputs[0].path, options=options)
             seconds, said = one_by_one(model, few, options)
         alone.append(seconds * len(inputs) / len(few))
         print(f"one by one {alone[-1]:.1f} s", file=sys.stderr)
-        run = together(bundle.folder, inputs, options, sequences)
+        run = together(bundle.folder, inputs, options, parallel)
+        sequences = run["sequences"]
         batched.append(run["seconds"])
         by_name = {record.source: record for record in run["records"]}
         for one, summary in zip(few, said, strict=True):

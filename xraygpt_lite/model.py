@@ -9,7 +9,6 @@ It knows every room's front door and no room's inside.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +30,7 @@ from xraygpt_lite.llm import native, selftest
 from xraygpt_lite.llm.openings import Openings
 from xraygpt_lite.llm.scheduler import Engine
 from xraygpt_lite.options import resolve
+from xraygpt_lite.turns import Turns
 from xraygpt_lite.values import (
     Bundle,
     DevicePlan,
@@ -186,17 +186,15 @@ class XrayModel(Closing):
         self.bundle, self.plan = bundle, plan
         self._encoder = vision.Encoder(bundle, plan)
         on_cpu = plan.gpu_layers == 0 and plan.providers[0] == devices.CPU
-        # With the same threads they take turns: those of one library slow the other's down more than that.
-        in_turn = on_cpu and not plan.encoder_threads
-        self._cores: AbstractContextManager[object] = threading.Lock() if in_turn else nullcontext()
+        self._turns = Turns() if on_cpu and not plan.encoder_threads else None
         # Elsewhere rows decoded together are not bit for bit what each is alone.
         exact = on_cpu and not plan.float32_cache and bundle.manifest.weight_types["llm"] in EXACT
         self._engine = Engine(
             bundle.llm,
             plan,
-            self._cores,
+            self._turns,
             phrases=bundle.manifest.prompt.phrases if speculation and exact else None,
-            openings=_openings(bundle, plan) if prompt_cache else None,
+            openings=Openings(Cache(devices.cache_folder()), bundle.id, plan) if prompt_cache else None,
         )
         self._closed = False
         if self._engine.width != bundle.manifest.width:
@@ -323,6 +321,15 @@ class XrayModel(Closing):
         """False once it was closed, or the language model has stopped working."""
         return not self._closed and self._engine.usable
 
+    def encoder_first(self) -> AbstractContextManager[None]:
+        """While this is held the language model begins no step, where the two take turns; for several `encode`s."""
+        return self._turns.first() if self._turns else nullcontext()
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether encoder and language model share their threads, and so never work at the same time."""
+        return self._turns is not None
+
     @property
     def encoder_batch(self) -> int:
         """Most radiographs that `encode` takes."""
@@ -330,7 +337,7 @@ class XrayModel(Closing):
 
     def encode(self, radiographs: Sequence[Radiograph], pixels: Pixels, read_s: Sequence[float]) -> list[Study]:
         """Encode radiographs that were read and transformed before, in so many seconds each."""
-        with self._cores:
+        with self.encoder_first():
             began = time.perf_counter()
             tokens = self._encoder.encode(pixels)
         each = (time.perf_counter() - began) / len(radiographs)
@@ -389,9 +396,3 @@ class XrayModel(Closing):
         if self._closed:
             raise ClosedError("this model was closed; load it again")
         return self._engine
-
-
-def _openings(bundle: Bundle, plan: DevicePlan) -> Openings:
-    """Where the rows of this bundle's prompts are kept: they depend on the build, the CPU and the kind of KV cache."""
-    kind = f"{plan.gpu_layers} {plan.float32_cache} {plan.batch}"
-    return Openings(Cache(devices.cache_folder()), f"{bundle.id} {native.build_id()} {selftest.cpu_id()} {kind}")

@@ -206,10 +206,17 @@ class Pipeline(Closing):
         self._ended.put(job)
 
     def _encode(self) -> None:
-        """Encode a batch, if lanes will want it: a whole one, or what there is before they run dry."""
+        """Encode what lanes will want; where that is at the cost of the language model, all of it before it goes on."""
+        with self._model.encoder_first():
+            while self._encode_batch():
+                self._take()
+
+    def _encode_batch(self) -> bool:
+        """A whole batch, or what there is before lanes run dry; False where there is nothing, or enough is ahead."""
         waiting, most = self._studies.qsize(), self._model.encoder_batch
-        if not self._read or waiting > len(self._lanes) or (len(self._read) < most and waiting > 1):
-            return
+        enough = 1 if self._model.takes_turns else len(self._lanes)
+        if not self._read or waiting > enough or (len(self._read) < most and waiting > 1):
+            return False
         batch = []
         for _ in range(min(most, len(self._read))):
             one = self._read.popleft()
@@ -220,12 +227,13 @@ class Pipeline(Closing):
             else:
                 self._end(job)
         if not batch:
-            return
+            return True
         pixels = Pixels(np.stack([one.pixels for one in batch]), tuple(one.placement for one in batch))
         radiographs = [one.radiograph for one in batch]
         studies = self._model.encode(radiographs, pixels, [one.seconds for one in batch])
         for one, study in zip(batch, studies, strict=True):
             self._studies.put(_Work(self._jobs[id(one.input)], study))
+        return True
 
     def _next_ended(self) -> Job | None:
         """A job that has something new; waits a moment for one, less where something may be encoded meanwhile."""

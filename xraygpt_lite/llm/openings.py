@@ -12,7 +12,10 @@ from collections.abc import Callable
 import numpy as np
 
 from ..cache import Cache
+from ..values import DevicePlan
+from .library import build_id
 from .native import UInt8
+from .selftest import cpu_id
 
 _KIND = "openings"
 
@@ -24,12 +27,13 @@ class Openings:
     ----------
     cache
         Bounded, atomic, and done without where it cannot be written.
-    model
-        Names all that the rows depend on but their token ids.
+    bundle, plan
+        The bundle's id, and where it runs: what the rows depend on beside build, CPU and their token ids.
     """
 
-    def __init__(self, cache: Cache, model: str) -> None:
-        self._cache, self._model = cache, model
+    def __init__(self, cache: Cache, bundle: str, plan: DevicePlan) -> None:
+        self._cache = cache
+        self._model = f"{bundle} {build_id()} {cpu_id()} {plan.gpu_layers} {plan.float32_cache} {plan.batch}"
         # Those that are not there are looked for once in a process, and each is written once.
         self._missing, self._written = set[bytes](), set[bytes]()
 

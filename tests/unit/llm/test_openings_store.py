@@ -38,7 +38,7 @@ def answer(
     def run(
         folder: Path | None, model: str = "a", segments: list[Segment] = segments, **changes: Any
     ) -> tuple[tuple[int, ...], list[int]]:
-        store = None if folder is None else Openings(Cache(folder), model)
+        store = None if folder is None else Openings(Cache(folder), model, plan)
         rows: list[int] = []
         with Engine(tiny.gguf, replace(plan, **changes), openings=store) as engine:
             decode = engine._core.context.decode
@@ -76,11 +76,13 @@ def test_another_model_has_its_own(answer: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["shorter", "other", "empty", "gone", "form", "rows"])
-def test_what_is_damaged_is_prefilled_anew(answer: Any, segments: list[Segment], tmp_path: Path, damage: str) -> None:
+def test_what_is_damaged_is_prefilled_anew(
+    answer: Any, segments: list[Segment], plan: DevicePlan, tmp_path: Path, damage: str
+) -> None:
     expected, plain = answer(tmp_path)
     (path,) = blocks(tmp_path)
     data = path.read_bytes()
-    store = Openings(Cache(tmp_path), "a")
+    store = Openings(Cache(tmp_path), "a", plan)
     opening_ids = np.arange(20, 20 + OPENING, dtype=np.int32)
     if damage == "gone":
         path.unlink()
@@ -89,7 +91,7 @@ def test_what_is_damaged_is_prefilled_anew(answer: Any, segments: list[Segment],
     elif damage == "rows":  # whole, of a text of one row less
         shorter = [TokenSegment(opening_ids[:-1]), *segments[1:]]
         answer(tmp_path, "shorter", segments=shorter)
-        state = Openings(Cache(tmp_path), "shorter").get(opening_ids[:-1].tobytes())
+        state = Openings(Cache(tmp_path), "shorter", plan).get(opening_ids[:-1].tobytes())
         assert state is not None
         store.put(opening_ids.tobytes(), lambda: state)
     else:
