@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,28 @@ from xraygpt_lite.vision import Encoder
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "nih-chestxray14" / "nih128.zip"
 TABLE = (1, 2, 4, 8, 16)
+
+
+@contextmanager
+def native() -> Iterator[list[float]]:
+    """Seconds of every call of the encoder and of `llama_decode` meanwhile."""
+    seconds: list[float] = []
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            began = time.perf_counter()
+            result = function(*given)
+            seconds.append(time.perf_counter() - began)
+            return result
+
+        return call
+
+    encode, decode = Encoder.encode, Context.decode
+    Encoder.encode, Context.decode = timed(encode), timed(decode)  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        Encoder.encode, Context.decode = encode, decode  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -72,12 +94,14 @@ def together(
             parallel=parallel, device=device,
         ) as run,
     ):  # fmt: skip
-        began = time.perf_counter()
-        records = list(run)
-        seconds = time.perf_counter() - began
-        sequences = run.model.plan.sequences
+        with native() as calls:
+            began = time.perf_counter()
+            records = list(run)
+            seconds = time.perf_counter() - began
+        sequences, in_turn = run.model.plan.sequences, run.model.takes_turns
     assert all(isinstance(record, Summary) for record in records)
-    return {"seconds": seconds, "sequences": sequences, "records": records}
+    share = sum(calls) / seconds if in_turn else None
+    return {"seconds": seconds, "sequences": sequences, "records": records, "native_share": share}
 
 
 def bare(bundle: Bundle, inputs: Sequence[Input], said: Sequence[Summary], sequences: int) -> tuple[float, float]:
@@ -165,6 +189,7 @@ def compare(
         "bound_images_per_s": len(inputs) / statistics.median([sum(each) for each in bound]),
         "batch_vs_one_by_one": statistics.median([each[0] for each in rounds]),
         "batch_vs_bound": statistics.median([each[1] for each in rounds]),
+        "native_share": run["native_share"],  # where encoder and language model take turns; of the last round
         "answer_tokens": sum(summary.answer_tokens for summary in said),
         "texts_identical": True,
     }

@@ -26,6 +26,16 @@ SMALL = 0.2
 TYPICAL_ANSWER = 100
 GPU_RESERVE = 768 * 2**20
 """Of a GPU's free memory, kept for compute buffers and the driver."""
+CPU_CLASS = "a CPU with AVX-512 and AMX"
+SPEEDS: Mapping[str, tuple[float, float, float]] = {
+    "q4_0": (1.0, 1.0, 1.0),
+}
+"""Type of a 7B model's weights → tokens a second of one answer, of eight together, and rows a second of a prompt, as
+shares of the fastest type's; measured on `CPU_CLASS`, see docs/performance.md."""
+_USES = ("one answer", "eight answers at once", "a prompt")
+_SLOW = 0.7
+_FEATURES = ("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8",
+             "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "bf16")  # fmt: skip
 _CUDA_ADVICE = "see the installation guide for the CUDA build, or use --device cpu"
 
 
@@ -34,6 +44,33 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
+    """Which vector features that matter here the CPU has; empty where the system does not list them in this file."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ()
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            present = set(value.split())
+            return tuple(name for name in _FEATURES if name in present)
+    return ()
+
+
+def known_cpu() -> bool:
+    """Whether this CPU is of the class whose speeds are known."""
+    return {"avx512f", "amx_int8"} <= set(cpu_features())
+
+
+def slow_weights(kind: str) -> str | None:
+    """Where a type of weights has less than 0.7 of the speed that another has on `CPU_CLASS`; None: nowhere."""
+    shares = zip(SPEEDS.get(kind, (1.0, 1.0, 1.0)), _USES, strict=True)
+    slow = [f"{share:.1f} times as fast as the fastest type for {use}" for share, use in shares if share < _SLOW]
+    fastest = max(SPEEDS, key=lambda name: sum(SPEEDS[name]))
+    return f"{', '.join(slow)}; convert with --quant {fastest}" if slow else None
 
 
 def cache_folder() -> Path:

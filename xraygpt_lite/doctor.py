@@ -21,8 +21,6 @@ from xraygpt_lite.llm import native, selftest
 from xraygpt_lite.values import Check
 
 _PACKAGES = ("numpy", "pillow", "pydicom", "click", "platformdirs")
-_FEATURES = ("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8",
-             "amx_bf16", "asimd", "asimddp", "i8mm", "sve", "bf16")  # fmt: skip
 
 
 def run() -> list[Check]:
@@ -48,21 +46,8 @@ def run() -> list[Check]:
     checks.append(_after(checks, ("onnxruntime", "llama.cpp self-test"), "GPU", _gpu))
     checks.append(_cache_folder(cache))
     checks.append(Check("installed bundles", "ok", _bundles()))
+    checks.append(_check("weight types", _weight_types))
     return checks
-
-
-def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
-    """Which vector features that matter here the CPU has; empty where the system does not list them in this file."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ()
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            present = set(value.split())
-            return tuple(name for name in _FEATURES if name in present)
-    return ()
 
 
 def _check(name: str, step: Callable[[], str]) -> Check:
@@ -97,7 +82,7 @@ def _version(name: str) -> str:
 
 
 def _cpu() -> str:
-    features = " ".join(cpu_features()) or "features unknown on this system"
+    features = " ".join(device.cpu_features()) or "features unknown on this system"
     return f"{selftest.cpu_id()}, {device.cores()} of {os.cpu_count()} cores for this process; {features}"
 
 
@@ -146,3 +131,15 @@ def _cache_folder(cache: Cache) -> Check:
 def _bundles() -> str:
     found = ", ".join(f"{item.name} ({item.origin})" for item in store.installed()) or "none"
     return f"{found}; yours are kept in {store.user_folder()}"
+
+
+def _weight_types() -> str:
+    """Which bundles have weights of a type that is slow on this class of CPU."""
+    if not device.known_cpu():
+        return f"speeds are known for {device.CPU_CLASS} only, which this is not; measure with: xraygpt-lite bench"
+    found = []
+    for item in store.installed():
+        kind = store.inspect(item.path)[0].weight_types["llm"]
+        if slow := device.slow_weights(kind):
+            found.append(f"{item.name} ({kind}) is {slow}")
+    return "; ".join(found) or f"no bundle has a slow one for {device.CPU_CLASS}"

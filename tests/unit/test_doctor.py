@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import tiny_bundle
 
-from xraygpt_lite import doctor, vision
+from xraygpt_lite import device, doctor, vision
 from xraygpt_lite.bundle import store
 from xraygpt_lite.llm import native, selftest
 from xraygpt_lite.values import Check
 
 NAMES = ["program", "packages", "CPU", "onnxruntime", "llama-cpp-python", "default bundle", "llama.cpp self-test",
-         "llama.cpp build", "GPU", "cache folder", "installed bundles"]  # fmt: skip
+         "llama.cpp build", "GPU", "cache folder", "installed bundles", "weight types"]  # fmt: skip
 
 
 @pytest.fixture
@@ -95,5 +95,16 @@ def test_a_cache_that_cannot_be_written(package: Path, tmp_path: Path, monkeypat
 )
 def test_cpu_features(tmp_path: Path, text: str, features: tuple[str, ...]) -> None:
     (tmp_path / "cpuinfo").write_text(text)
-    assert doctor.cpu_features(tmp_path / "cpuinfo") == features
-    assert doctor.cpu_features(tmp_path / "absent") == ()
+    assert device.cpu_features(tmp_path / "cpuinfo") == features
+    assert device.cpu_features(tmp_path / "absent") == ()
+
+
+def test_slow_weights_are_named_where_the_cpu_is_known(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "cpu_features", lambda: ("avx2",))
+    assert "which this is not" in checks()["weight types"].detail
+    monkeypatch.setattr(device, "cpu_features", lambda: ("avx512f", "amx_int8"))
+    assert "no bundle has a slow one" in checks()["weight types"].detail
+    monkeypatch.setattr(device, "SPEEDS", {"f32": (1.0, 0.4, 0.9), "q4_0": (0.9, 1.0, 1.0)})
+    assert (
+        "nih-tiny (f32) is 0.4 times as fast as the fastest type for eight answers at once; convert with --quant q4_0"
+    ) in checks()["weight types"].detail

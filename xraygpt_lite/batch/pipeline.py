@@ -25,9 +25,11 @@ from xraygpt_lite.errors import XrayError
 from xraygpt_lite.model import XrayModel
 from xraygpt_lite.prompt import Asked
 from xraygpt_lite.values import Failure, Finding, GenerationOptions, Pixels, Record
+from xraygpt_lite.vision import return_freed_memory
 
 _LOOK_S = 0.02  # between two looks at what has been read, while answers are waited for
 _PAUSE_S = 0.2
+_TRIM_S = 10.0  # between two moments when freed memory goes back to the system: it would grow for hours
 _EXTRA_LANES = 1  # beside the sequences: its next radiograph is ready when a sequence becomes free
 
 
@@ -100,7 +102,8 @@ class Pipeline(Closing):
     pool
         Processes that read files; closed with this.
     timeout
-        Seconds that the answers about one radiograph may take.
+        Seconds that the answers about one radiograph may take; so many times as long as others are answered for beside
+        it, because they share the machine.
     begin
         Called with a job and its content's sha256 before the encoder sees it; may take out of `Job.asked` what need not
         be asked.
@@ -114,7 +117,8 @@ class Pipeline(Closing):
         timeout: float,
         begin: Callable[[Job, str], object] = lambda _, __: None,
     ) -> None:
-        self._model, self._ask, self._pool, self._timeout, self._begin = model, ask, pool, timeout, begin
+        self._model, self._ask, self._pool, self._begin = model, ask, pool, begin
+        self._timeout = timeout * model.plan.sequences
         self._jobs: dict[int, Job] = {}  # by their input's identity: a file that has changed may come a second time
         self._read: deque[Decoded] = deque()
         self._studies: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
@@ -151,7 +155,7 @@ class Pipeline(Closing):
         """
         ahead = self._model.encoder_batch + len(self._lanes)
         source: Iterator[Job | None] | None = jobs
-        looked = time.monotonic()
+        looked = trimmed = time.monotonic()
         while True:
             while source is not None and self._pool.pending + len(self._read) < ahead:
                 job = next(source, self)
@@ -178,6 +182,9 @@ class Pipeline(Closing):
             if time.monotonic() - looked > _PAUSE_S:
                 looked = time.monotonic()
                 self._stop_late()
+                if looked - trimmed > _TRIM_S:
+                    trimmed = looked
+                    return_freed_memory()
                 yield None
 
     def close(self) -> None:
@@ -214,8 +221,11 @@ class Pipeline(Closing):
     def _encode_batch(self) -> bool:
         """A whole batch, or what there is before lanes run dry; False where there is nothing, or enough is ahead."""
         waiting, most = self._studies.qsize(), self._model.encoder_batch
-        enough = 1 if self._model.takes_turns else len(self._lanes)
-        if not self._read or waiting > enough or (len(self._read) < most and waiting > 1):
+        if self._model.takes_turns:
+            enough = waiting + len(self._working) > len(self._lanes)
+        else:
+            enough = waiting > len(self._lanes) or (len(self._read) < most and waiting > 1)
+        if enough or not self._read:
             return False
         batch = []
         for _ in range(min(most, len(self._read))):

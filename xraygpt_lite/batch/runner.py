@@ -58,7 +58,8 @@ class Run(Closing):
     restart, retry_failed
         As for `Journal`.
     file_timeout
-        Seconds that one file may take to be read, and then to be answered for.
+        Seconds that one file may take to be read, and then to be answered for: so many times as long as others are
+        answered for beside it.
     max_failures
         So many inputs that fail in this run end it.
     stop

@@ -48,7 +48,7 @@ _RENDERED = ("csv", "html")
 @click.option("--no-identifiers", is_flag=True, help="Keep paths, UIDs and hashes of files out of OUT.")
 @click.option("--parallel", type=click.IntRange(1, 256), help="Radiographs at once; by default measured.")
 @click.option("--file-timeout", type=click.FloatRange(0.1), default=300.0, show_default=True, metavar="SECONDS",
-              help="Longest time to read a file, and to answer about it.")  # fmt: skip
+              help="Longest time to read a file, and to answer about it (n at once: n times as long).")  # fmt: skip
 @click.option("--max-failures", type=click.IntRange(1), metavar="N", help="End the run once so many inputs failed.")
 @click.option("--progress", type=click.Choice(MODES), default="auto", show_default=True, help="How to tell it.")
 @options.model_options

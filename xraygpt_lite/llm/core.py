@@ -135,10 +135,10 @@ class Core:
                 self._collect()
                 for request in [request for request in self._active if request.cancelled]:
                     self._fail([request], CancelledError("the answer was cancelled"))
-                # A step costs nearly the same without those that are still to be prefilled, so they come first. A long
-                # prompt, of whole batches, lets the others go on in between.
-                while 0 < self._prefill() < self.context.batch:
-                    pass
+                # A step costs nearly the same without those that are to be prefilled, so they come first, with all
+                # that arrive meanwhile. A long prompt, of whole batches, lets the others go on in between.
+                if 0 < self._prefill() < self.context.batch:
+                    continue
                 self._step()
                 self._search()
         # Whatever it is, callers must hear of it: they wait on queues.

@@ -146,6 +146,34 @@ def test_an_answer_that_takes_too_long_is_one_failure(bundles: dict[str, Bundle]
     assert "longer than 0 s" in late[0].message
 
 
+def test_answers_beside_each_other_share_the_time(bundles: dict[str, Bundle]) -> None:
+    model = opened(bundles["q8_0"], 3)
+    with Pool(model.bundle.manifest.image, 1, 60) as pool, Pipeline(model, Ask(), pool, 20) as pipeline:
+        assert pipeline._timeout == 60
+
+
+def test_lanes_are_full_before_the_first_step(
+    bundles: dict[str, Bundle], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where encoder and language model share the cores: a step costs nearly the same with few answers in it."""
+    model = opened(bundles["q4_0"], 3)
+    assert model.takes_turns
+    monkeypatch.setattr(model._encoder, "batch", 1)
+    happened: list[str] = []
+    encode, decode = model._encoder.encode, model._engine._core.context.decode
+    monkeypatch.setattr(model._encoder, "encode", lambda pixels: (happened.append("image"), encode(pixels))[1])
+    monkeypatch.setattr(
+        model._engine._core.context, "decode", lambda batch: (happened.append("call"), decode(batch))[1]
+    )
+    with Pool(model.bundle.manifest.image, 2, 60) as pool, Pipeline(model, Ask(options=OPTIONS), pool, 60) as pipeline:
+        encode_some = pipeline._encode
+        monkeypatch.setattr(pipeline, "_encode", lambda: len(pipeline._read) == 3 and encode_some())
+        for _ in pipeline.run(Job(one, [model.check()]) for one in find([folder], limit=3)):
+            pass
+    assert happened[:3] == ["image"] * 3
+    assert "call" in happened[3:]
+
+
 def test_a_model_that_stopped_working_ends_the_run(
     bundles: dict[str, Bundle], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
