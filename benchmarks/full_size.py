@@ -24,10 +24,15 @@ Spec = tuple[str, tuple[int, ...], float, float]
 
 SHARD_BYTES = 2 * 10**9
 
+WORDS = """You are an experienced Doctor give the following medical scan will be able to see once I provide it you
+Please answer my questions What main findings and impression of X helpful healthcare virtual assistant describe this
+image in detail"""
+"""Pieces of their own, as in Llama's vocabulary: the families' prompts come out about as long as they are."""
+
 
 @dataclass(frozen=True)
 class Sizes:
-    """EVA ViT-g, Q-Former and Vicuna-7B as published; smaller ones to try the benchmark."""
+    """EVA ViT-g, Q-Former, MedCLIP's Swin-T and Vicuna-7B as published; smaller ones to try the benchmark."""
 
     vit_width: int = 1408
     vit_depth: int = 39
@@ -37,6 +42,10 @@ class Sizes:
     hidden: int = 768
     qformer_layers: int = 12
     queries: int = 32
+    swin_width: int = 96
+    swin_depths: tuple[int, ...] = (2, 2, 6, 2)
+    swin_heads: tuple[int, ...] = (3, 6, 12, 24)
+    swin_features: int = 512
     width: int = 4096
     layers: int = 32
     heads: int = 32
@@ -64,9 +73,31 @@ def write(folder: Path, sizes: Sizes, seed: int = 0) -> dict[str, Path]:
     }  # fmt: skip
     _save(paths["--vision"], dict(_drawn(_vit(sizes), torch.float16)))
     _save(paths["--qformer"], {"model": dict(_drawn(_qformer(sizes), torch.float32))})
-    head = [("llama_proj.weight", (sizes.width, sizes.hidden), 0, 0.02), ("llama_proj.bias", (sizes.width,), 0, 0.01)]
-    _save(paths["--checkpoint"], {"model": dict(_drawn(head, torch.float32))})
-    _write_llama(paths["--llm"], sizes)
+    _save(paths["--checkpoint"], {"model": dict(_drawn(_head(sizes, sizes.hidden), torch.float32))})
+    write_llama(paths["--llm"], sizes)
+    return paths
+
+
+def write_vision(folder: Path, family: str, sizes: Sizes, seed: int = 0) -> dict[str, Path]:
+    """Write what a family's image path is converted from: "xraygpt", "xraygpt-paper" or "minigpt-med".
+
+    Returns
+    -------
+    dict
+        Role → path, as the family's `load` takes them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    paths = {role: folder / f"{role}.pth" for role in ("vision", "checkpoint")}
+    features = {"xraygpt": sizes.hidden, "xraygpt-paper": sizes.swin_features, "minigpt-med": 4 * sizes.vit_width}
+    if family == "xraygpt-paper":
+        _save(paths["vision"], dict(_drawn(_swin(sizes), torch.float32)))
+    else:
+        _save(paths["vision"], dict(_drawn(_vit(sizes), torch.float16)))
+    if family == "xraygpt":
+        paths["qformer"] = folder / "qformer.pth"
+        _save(paths["qformer"], {"model": dict(_drawn(_qformer(sizes), torch.float32))})
+    _save(paths["checkpoint"], {"model": dict(_drawn(_head(sizes, features[family]), torch.float32))})
     return paths
 
 
@@ -80,6 +111,10 @@ def _save(path: Path, content: object) -> None:
         part = path.with_suffix(".part")
         torch.save(content, part)
         part.replace(path)
+
+
+def _head(s: Sizes, features: int) -> list[Spec]:
+    return [("llama_proj.weight", (s.width, features), 0, 0.02), ("llama_proj.bias", (s.width,), 0, 0.01)]
 
 
 def _linear(name: str, inputs: int, outputs: int, gain: float = 1.0) -> list[Spec]:
@@ -126,10 +161,37 @@ def _qformer(s: Sizes) -> list[Spec]:
     return specs
 
 
-def _llama(s: Sizes) -> list[Spec]:
+def _swin(s: Sizes) -> list[Spec]:
+    root, w = "vision_model.model.", s.swin_width
+    specs: list[Spec] = [
+        (f"{root}embeddings.patch_embeddings.projection.weight", (w, 3, 4, 4), 0, 1 / math.sqrt(48)),
+        (f"{root}embeddings.patch_embeddings.projection.bias", (w,), 0, 0.1),
+        *_norm(f"{root}embeddings.norm", w),
+    ]
+    branch = 1 / math.sqrt(2 * sum(s.swin_depths))
+    for stage, (depth, heads) in enumerate(zip(s.swin_depths, s.swin_heads, strict=True)):
+        layer = f"{root}encoder.layers.{stage}."
+        for n in range(depth):
+            block = f"{layer}blocks.{n}."
+            specs += [*_norm(f"{block}layernorm_before", w), *_norm(f"{block}layernorm_after", w)]
+            specs += [(f"{block}attention.self.relative_position_bias_table", (13**2, heads), 0, 0.5)]
+            for kind in ("query", "key", "value"):
+                specs += _linear(f"{block}attention.self.{kind}", w, w)
+            specs += _linear(f"{block}attention.output.dense", w, w, branch)
+            specs += _linear(f"{block}intermediate.dense", w, 4 * w)
+            specs += _linear(f"{block}output.dense", 4 * w, w, 2 * branch)
+        if stage + 1 < len(s.swin_depths):
+            specs += [*_norm(f"{layer}downsample.norm", 4 * w)]
+            specs += [_linear(f"{layer}downsample.reduction", 4 * w, 2 * w)[0]]
+            w *= 2
+    head = _linear("vision_model.projection_head", w, s.swin_features)[0]
+    return [*specs, *_norm(f"{root}layernorm", w), head]
+
+
+def _llama(s: Sizes, layers: int) -> list[Spec]:
     w, branch = s.width, 1 / math.sqrt(2 * s.layers)
     specs: list[Spec] = [("model.embed_tokens.weight", (s.vocabulary, w), 0, 0.02)]
-    for n in range(s.layers):
+    for n in range(layers):
         layer = f"model.layers.{n}."
         specs += [(f"{layer}{name}.weight", (w,), 1, 0.1) for name in ("input_layernorm", "post_attention_layernorm")]
         specs += [_linear(f"{layer}self_attn.{kind}_proj", w, w)[0] for kind in "qkv"]
@@ -139,14 +201,15 @@ def _llama(s: Sizes) -> list[Spec]:
     return [*specs, ("model.norm.weight", (w,), 1, 0.1), ("lm_head.weight", (s.vocabulary, w), 0, 1 / math.sqrt(w))]
 
 
-def _write_llama(folder: Path, s: Sizes) -> None:
-    """A Hugging Face folder with float16 shards of `.bin`, as Vicuna was published."""
+def write_llama(folder: Path, s: Sizes, layers: int | None = None) -> None:
+    """A Hugging Face folder with float16 shards of `.bin`, as Vicuna was published; `layers`: only so many of them."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(exist_ok=True)
+    layers = s.layers if layers is None else layers
     shards: list[list[Spec]] = [[]]
     size = 0
-    for spec in _llama(s):
+    for spec in _llama(s, layers):
         size += 2 * math.prod(spec[1])
         if size > SHARD_BYTES:
             shards.append([])
@@ -158,16 +221,16 @@ def _write_llama(folder: Path, s: Sizes) -> None:
         where |= {spec[0]: name for spec in specs}
         _save(folder / name, dict(_drawn(specs, torch.float16)))
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    (folder / "tokenizer.model").write_bytes(_vocabulary(s.vocabulary))
+    (folder / "tokenizer.model").write_bytes(vocabulary(s.vocabulary))
     config = {
-        "model_type": "llama", "hidden_size": s.width, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
+        "model_type": "llama", "hidden_size": s.width, "num_hidden_layers": layers, "num_attention_heads": s.heads,
         "intermediate_size": s.feed_forward, "vocab_size": s.vocabulary, "rms_norm_eps": 1e-6,
         "max_position_embeddings": 2048, "hidden_act": "silu", "tie_word_embeddings": False,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))  # last: it says that the folder is whole
 
 
-def _vocabulary(size: int) -> bytes:
+def vocabulary(size: int) -> bytes:
     """A SentencePiece BPE model with byte fallback whose pieces are short runs of letters."""
     messages: Any = sentencepiece_model_pb2  # its classes are made while it is imported
     model = messages.ModelProto()
@@ -194,8 +257,11 @@ def _vocabulary(size: int) -> bytes:
 def _texts() -> Iterator[str]:
     """Every piece is made of two that came before it, so that merging can reach it."""
     yield from ("▁", *string.printable.strip())
+    words = dict.fromkeys("▁" + word[:end] for word in WORDS.split() for end in range(1, len(word) + 1))
+    yield from words
     for length in count(2):
         for letters in product(string.ascii_lowercase, repeat=length - 1):
-            yield "▁" + "".join(letters)
+            if (text := "▁" + "".join(letters)) not in words:
+                yield text
         for letters in product(string.ascii_lowercase, repeat=length):
             yield "".join(letters)

@@ -25,6 +25,7 @@ from xraygpt_lite import model as models
 from xraygpt_lite import prompt
 from xraygpt_lite.imaging.read import read
 from xraygpt_lite.imaging.transform import transform
+from xraygpt_lite.values import EmbeddingSegment
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "synthetic-cr-monochrome1.dcm"
 BARE = """
@@ -79,7 +80,7 @@ def prepare(bundle: str | None, image: Path, work: Path) -> dict[str, Any]:
         _, wording = prompt.variant_of(manifest.prompt, None)
         rows = np.zeros((manifest.image_tokens, manifest.width), np.float32)
         before, _, after = prompt.build(wording, summary.question, rows, engine.tokenize)
-        ids = [part.ids.tolist() for part in (before, after) if not isinstance(part, prompt.EmbeddingSegment)]
+        ids = [part.ids.tolist() for part in (before, after) if not isinstance(part, EmbeddingSegment)]
     given = {
         "vision": str(found.vision), "projector": str(found.projector), "llm": str(found.llm), "ids": ids,
         "threads": model.plan.threads, "tokens": summary.answer_tokens,

@@ -1,10 +1,14 @@
 """Encoder and projector: the only file that imports onnxruntime.
 
-Two graphs with a free batch axis: `pixels` (B, 3, S, S) → `features` (B, N, F) → `embeddings` (B, N, E).
+Two graphs with a free batch axis: `pixels` (B, 3, S, S) → `features` (B, N, F) → `embeddings` (B, N, E). Features stay
+where the encoder makes them, on the GPU or not. Knows no text, and nothing of where it would be best to run.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,10 @@ from xraygpt_lite.values import Bundle, DevicePlan, Float32, ImageTokens, Pixels
 
 BATCH = 8
 RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+CUDA = "CUDAExecutionProvider"
+
+SETTINGS = {"session.intra_op.allow_spinning": "0"}
+"""Of every session: its threads sleep while there is nothing to encode, because the language model needs the cores."""
 
 
 def installed_runtimes() -> dict[str, str]:
@@ -85,8 +93,11 @@ class Encoder:
         self._manifest = bundle.manifest
         self.batch = 1 if bundle.manifest.weight_types["vision"] == "int8" else BATCH
         size, count, width = self._manifest.image.size, self._manifest.image_tokens, self._manifest.width
-        self._encoder = _session(bundle.vision, plan)
-        self._projector = _session(bundle.projector, plan)
+        self._encoder = open_graph(bundle.vision, plan)
+        self._projector = open_graph(bundle.projector, plan)
+        return_freed_memory()
+        both = {self._encoder.get_providers()[0], self._projector.get_providers()[0]}
+        self._between = "cuda" if both == {CUDA} else "cpu"
         self.providers: tuple[str, ...] = tuple(self._encoder.get_providers())
         features = _check_graph(self._encoder, bundle.vision, ("pixels", (3, size, size)), ("features", (None, None)))
         _check_graph(
@@ -108,7 +119,8 @@ class Encoder:
         BundleError
             The result has another shape than the manifest says.
         """
-        rows = self._run(self._projector, "features", self.features(pixels), "embeddings")
+        with _translated():
+            rows = self._bound(pixels.data)
         expected = (len(pixels.data), self._manifest.image_tokens, self._manifest.width)
         if rows.shape != expected:
             raise BundleError(
@@ -128,14 +140,24 @@ class Encoder:
         NativeError
             ONNX Runtime failed.
         """
-        return self._run(self._encoder, "pixels", pixels.data, "features")
+        with _translated():
+            features: Float32 = self._encoder.run(["features"], {"pixels": pixels.data})[0]
+        return features
 
-    @staticmethod
-    def _run(session: Any, source: str, data: Float32, result: str) -> Float32:
-        try:
-            rows: Float32 = session.run([result], {source: data})[0]
-        except Exception as error:  # onnxruntime raises a dozen classes of its own, with no common base
-            raise NativeError(f"ONNX Runtime failed on this bundle's vision graphs: {_first_line(error)}") from error
+    def _bound(self, data: Float32) -> Float32:
+        """Pixels (B, 3, S, S) → embeddings (B, N, E); between the two graphs the features are copied nowhere.
+
+        It was run with features in the CPU's memory only: no GPU was at hand.
+        """
+        first, second = self._encoder.io_binding(), self._projector.io_binding()
+        first.bind_cpu_input("pixels", np.ascontiguousarray(data))
+        first.bind_output("features", self._between)
+        self._encoder.run_with_iobinding(first)
+        first.synchronize_outputs()
+        second.bind_ortvalue_input("features", first.get_outputs()[0])
+        second.bind_output("embeddings")
+        self._projector.run_with_iobinding(second)
+        rows: Float32 = second.copy_outputs_to_cpu()[0]
         return rows
 
     def close(self) -> None:
@@ -143,15 +165,43 @@ class Encoder:
         self._encoder = self._projector = None
 
 
-def _session(path: Path, plan: DevicePlan) -> Any:
+def open_graph(path: Path, plan: DevicePlan) -> Any:
+    """One graph as an `onnxruntime.InferenceSession`, set up as the encoder's are.
+
+    Raises
+    ------
+    BundleError
+        ONNX Runtime cannot load it.
+    """
     runtime = _runtime()
     options = runtime.SessionOptions()
     options.intra_op_num_threads = plan.encoder_threads or plan.threads
+    options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    for key, value in SETTINGS.items():
+        options.add_session_config_entry(key, value)
     try:
         return runtime.InferenceSession(str(path), options, providers=list(plan.providers))
-    except Exception as error:  # as above: no common base class
+    except Exception as error:  # onnxruntime raises a dozen classes of its own, with no common base
         raise BundleError(f"{path.name} cannot be loaded by ONNX Runtime: {_first_line(error)}") from error
+
+
+def return_freed_memory() -> None:
+    """Give freed heap back to the system; glibc otherwise keeps up to half of a graph's size after it was loaded."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library; TypeError is Windows'
+        return
+    trim(0)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """What ONNX Runtime raises while it runs, as one of our errors."""
+    try:
+        yield
+    except Exception as error:  # as above: no common base class
+        raise NativeError(f"ONNX Runtime failed on this bundle's vision graphs: {_first_line(error)}") from error
 
 
 def _check_graph(

@@ -51,6 +51,50 @@ def test_a_planned_gpu_that_the_session_does_not_get_is_an_error(bundle: Bundle)
         vision.Encoder(bundle, DevicePlan(device="cuda", providers=("CUDAExecutionProvider", "CPUExecutionProvider")))
 
 
+PLACES = ["cpu", *(["cuda"] if "CUDAExecutionProvider" in vision.available_providers() else [])]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_features_that_stay_where_they_were_made_give_what_copied_ones_give(bundle: Bundle, place: str) -> None:
+    providers = ("CUDAExecutionProvider", "CPUExecutionProvider") if place == "cuda" else ("CPUExecutionProvider",)
+    encoder = vision.Encoder(bundle, DevicePlan(providers=providers))
+    assert encoder._between == place
+    projector = vision.open_graph(bundle.projector, DevicePlan(providers=providers))
+    for images in (pixels(2), pixels(1), pixels(3)):
+        copied = projector.run(["embeddings"], {"features": encoder.features(images)})[0]
+        np.testing.assert_array_equal(encoder.encode(images).data, copied)
+    backwards = Pixels(images.data[..., ::-1], images.placements)  # not contiguous
+    expected = encoder.encode(replace(images, data=images.data[..., ::-1].copy()))
+    np.testing.assert_array_equal(encoder.encode(backwards).data, expected.data)
+
+
+def test_what_onnx_runtime_refuses_is_named(bundle: Bundle) -> None:
+    encoder, images = vision.Encoder(bundle, DevicePlan()), pixels(1)
+    small = replace(images, data=images.data[..., :8])
+    with pytest.raises(NativeError, match=r"ONNX Runtime failed on this bundle's vision graphs: .*pixels"):
+        encoder.encode(small)
+    with pytest.raises(NativeError, match=r"ONNX Runtime failed on this bundle's vision graphs: .*pixels"):
+        encoder.features(small)
+
+
+def test_the_threads_of_every_session_sleep_between_images(bundle: Bundle) -> None:
+    options = vision.open_graph(bundle.vision, DevicePlan(threads=3, encoder_threads=2)).get_session_options()
+    assert options.intra_op_num_threads == 2
+    assert options.inter_op_num_threads == 1
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+@pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])
+def test_without_glibc_nothing_is_given_back_and_nothing_fails(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def absent(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(vision.ctypes, "CDLL", absent)
+    assert vision.Encoder(bundle, DevicePlan()).encode(pixels(1)).data.shape == (1, 4, 32)
+
+
 def linear(name: str, source: list[str | int], result: list[str | int], weight: np.ndarray) -> onnx.ModelProto:
     """features → `name`: one matrix product."""
     graph = helper.make_graph(

@@ -10,13 +10,14 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from xraygpt_lite.errors import BundleError
 
 _MAX_ITEMS = 1 << 22  # of one array, of the metadata, of the table of tensors
 _MAX_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
+_ALIGNMENT, _EMBEDDING = "general.alignment", "token_embd.weight"
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -32,6 +33,11 @@ class GgufHeader:
         Tokens that it was trained for.
     cache_row
         Bytes of one row of its KV cache at float16, keys and values of all layers; 0 where the file does not tell.
+    layers
+        Its blocks; 0 where the file does not tell.
+    token_bytes
+        Bytes of weights that are read for one token: all tensors, but of the embedding table one row only, unless it is
+        the output matrix as well.
     """
 
     architecture: str
@@ -39,6 +45,8 @@ class GgufHeader:
     vocab: int
     context_length: int
     cache_row: int
+    layers: int
+    token_bytes: int
 
 
 def read(path: Path) -> GgufHeader:
@@ -70,26 +78,39 @@ def _read(view: mmap.mmap) -> GgufHeader:
         if key in facts:
             raise ValueError(f"the key {key[:60]!r} stands twice")
         facts[key] = cursor.value(cursor.number("I"))
-    shapes = dict(cursor.tensor() for _ in range(tensors))
-    if len(shapes) != tensors:
+    table = dict(cursor.tensor() for _ in range(tensors))
+    if len(table) != tensors:
         raise ValueError("two tensors have the same name")
-    return _header(facts, shapes)
+    alignment = _positive({_ALIGNMENT: 32, **facts}, _ALIGNMENT)
+    size = len(view) - -(-cursor.at // alignment) * alignment
+    return _header(facts, table, size)
 
 
-def _header(facts: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> GgufHeader:
+def _header(facts: dict[str, Any], table: dict[str, _Entry], size: int) -> GgufHeader:
     architecture = facts.get("general.architecture")
     if not isinstance(architecture, str):
         raise ValueError("general.architecture is missing")
     width = _positive(facts, f"{architecture}.embedding_length")
     vocab = _positive(facts, "tokenizer.ggml.tokens")  # an array is kept as its length
-    if (table := shapes.get("token_embd.weight")) != (width, vocab):
-        raise ValueError(f"token_embd.weight has the shape {table}, but the header promises ({width}, {vocab})")
-    cache_row = 0
+    shape = table[_EMBEDDING].shape if _EMBEDDING in table else None
+    if shape != (width, vocab):
+        raise ValueError(f"{_EMBEDDING} has the shape {shape}, but the header promises ({width}, {vocab})")
+    cache_row = layers = 0
     if {f"{architecture}.block_count", f"{architecture}.attention.head_count"} <= set(facts):
         layers, heads = (_positive(facts, f"{architecture}.{key}") for key in ("block_count", "attention.head_count"))
         key_heads = facts.get(f"{architecture}.attention.head_count_kv")
         cache_row = 4 * layers * width * (key_heads if isinstance(key_heads, int) else heads) // heads
-    return GgufHeader(architecture, width, vocab, _positive(facts, f"{architecture}.context_length"), cache_row)
+    context = _positive(facts, f"{architecture}.context_length")
+    return GgufHeader(architecture, width, vocab, context, cache_row, layers, max(0, _token_bytes(table, size)))
+
+
+def _token_bytes(table: dict[str, _Entry], size: int) -> int:
+    """Of so many bytes of tensors, those that one token reads; a tensor reaches to where the next one begins."""
+    if "output.weight" not in table:
+        return size
+    shape, begin = table[_EMBEDDING]
+    end = min((entry.offset for entry in table.values() if entry.offset > begin), default=size)
+    return size - (end - begin) + (end - begin) // shape[-1]
 
 
 def _positive(facts: dict[str, Any], key: str) -> int:
@@ -97,6 +118,13 @@ def _positive(facts: dict[str, Any], key: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{key[:60]} is missing or no positive integer")
     return value
+
+
+class _Entry(NamedTuple):
+    """Shape of a tensor, columns first, and where it begins, counted from the first one."""
+
+    shape: tuple[int, ...]
+    offset: int
 
 
 class _Cursor:
@@ -143,8 +171,8 @@ class _Cursor:
             self.skip(length * struct.calcsize("<" + _code(inner)))
         return length
 
-    def tensor(self) -> tuple[str, tuple[int, ...]]:
-        """Name and shape (columns first) of one entry of the table."""
+    def tensor(self) -> tuple[str, _Entry]:
+        """Name and content of one entry of the table."""
         name, dimensions = self.text(), self.number("I")
         if not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise ValueError(f"a tensor has {dimensions} dimensions")
@@ -152,7 +180,7 @@ class _Cursor:
         _kind, offset = self.number("I"), self.number("Q")
         if offset >= len(self.view):
             raise ValueError(f"the tensor {name[:60]!r} begins behind the end of the file")
-        return name, shape
+        return name, _Entry(shape, int(offset))
 
 
 def _code(kind: int) -> str:

@@ -34,6 +34,7 @@ COMMANDS = {
     "chat": "Ask questions about one radiograph in the terminal.",
     "verify": "Check a bundle's files and what it answers.",
     "doctor": "Show what runs here, and whether it runs.",
+    "bench": "Measure how fast a bundle is on this machine.",
     "models": "List, add and remove bundles.",
     "convert": "Make a bundle from a published checkpoint.",
     "completion": "Print the script that completes this program in a shell.",

@@ -1,19 +1,26 @@
-"""How long one decode call takes with more or fewer rows: measured, because it does not grow evenly with them.
+"""How long decode calls take: with more or fewer rows, because it does not grow evenly with them, and in a bare loop.
 
-Knows the native library; decides nothing.
+Knows the native library and the inside of an engine; decides nothing.
 """
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from ..values import DevicePlan
+from ..closing import Closing
+from ..errors import NativeError
+from ..values import DevicePlan, Segment, TokenSegment
+from .library import library
 from .native import Batch, Context, Model
+from .scheduler import Engine
+from .sequence import chunks
 
 _TRIES = 5
 _ENOUGH_S = 1.0
@@ -66,3 +73,78 @@ def _timed(context: Context, rows: Sequence[int]) -> dict[int, float]:
             times.append(step(sequences))
         found[sequences] = min(times)
     return found
+
+
+class BareRun(NamedTuple):
+    """Seconds of the prompt and of the steps after it, and the likeliest token after the prompt and after each step."""
+
+    prefill_s: float
+    decode_s: float
+    ids: tuple[int, ...]
+
+
+class Bare(Closing):
+    """A bare loop over `llama_decode` on an engine's model: what the engine itself is measured against.
+
+    It has a context of its own, like the engine's, which must have nothing to do while this runs. No thread, queue,
+    sampler or reader of text stands between two calls.
+
+    Raises
+    ------
+    NativeError
+        There is no memory for a second context.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        core = engine._core
+        self._context = Context(core.model, core.plan, core.cells)
+        self._batch = Batch(self._context.batch)
+
+    def run(self, segments: Sequence[Segment], steps: int) -> BareRun:
+        """Prefill segments in the engine's chunks, then decode so many rows one by one, each with the likeliest token.
+
+        Raises
+        ------
+        NativeError, ClosedError
+            llama.cpp failed, or this was closed.
+        """
+        context, batch, decode = self._context, self._batch, library().llama_decode
+        pointer = context.pointer
+        context.cut(0, 0)
+        parts = list(chunks(segments, context.batch))
+        began, rows, count = time.perf_counter(), 0, 0
+        for part in parts:
+            count = len(part.content)
+            batch.put(part.content, rows + np.arange(count), 0, np.arange(count) >= count - part.outputs)
+            context.decode(batch)
+            rows += count
+        prefilled = time.perf_counter()
+        ids = [context.likeliest(count - 1)]
+        batch.put(np.zeros(1, np.int32), 0, 0, True)
+        for position in range(rows, rows + steps):
+            batch._tokens[0], batch._positions[0] = ids[-1], position
+            if decode(pointer, batch.struct):
+                raise NativeError(f"llama.cpp could not decode row {position} in a bare loop; run: xraygpt-lite doctor")
+            ids.append(int(context._logits(0).argmax()))
+        return BareRun(prefilled - began, time.perf_counter() - prefilled, tuple(ids))
+
+    def close(self) -> None:
+        """Free the context; before the engine."""
+        self._context.close()
+
+
+def forgetting(engine: Engine) -> Callable[[], None]:
+    """Return what makes an idle engine with one sequence forget all requests after this call.
+
+    So every repetition can be as the first request of a process: the engine guesses nothing from its own answers, and
+    its cache holds no opening. What is kept in the user's folder stays.
+    """
+    core = engine._core
+    speculation = copy.deepcopy(core._speculation)
+
+    def forget() -> None:
+        core._speculation = copy.deepcopy(speculation)
+        with engine.open() as slot:
+            slot.trace([TokenSegment(np.zeros(1, np.int32))], [0])  # a row of another prompt takes the opening's place
+
+    return forget

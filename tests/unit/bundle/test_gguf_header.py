@@ -3,6 +3,7 @@
 import struct
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import tiny_bundle
@@ -20,10 +21,43 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+WIDTH, VOCAB, LAYERS, HIDDEN = tiny_bundle.WIDTH, tiny_bundle.VOCAB, tiny_bundle.LAYERS, tiny_bundle.HIDDEN
+TOKEN_BYTES = 4 * (LAYERS * (2 * WIDTH + 4 * WIDTH**2 + 3 * WIDTH * HIDDEN) + WIDTH + VOCAB * WIDTH + WIDTH)
+"""Of float32 weights: layers, last norm, output matrix, one row of the embedding table."""
+
+
 def test_reads_a_real_file(good: Path) -> None:
     assert gguf_header.read(good) == gguf_header.GgufHeader(
-        "llama", tiny_bundle.WIDTH, tiny_bundle.VOCAB, 512, 4 * tiny_bundle.LAYERS * tiny_bundle.WIDTH
+        "llama", WIDTH, VOCAB, 512, 4 * LAYERS * WIDTH, LAYERS, TOKEN_BYTES
     )
+
+
+def test_an_embedding_table_that_is_the_output_matrix_too_is_read_whole(good: Path, tmp_path: Path) -> None:
+    path = tmp_path / "llm.gguf"
+    path.write_bytes(good.read_bytes().replace(b"output.weight", b"output.absent", 1))
+    assert gguf_header.read(path).token_bytes == TOKEN_BYTES + 4 * WIDTH * (VOCAB - 1)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_bytes_a_token_of_quantized_weights(kind: str, tmp_path: Path) -> None:
+    """Against the sizes that the format's own package tells."""
+    path = tmp_path / "llm.gguf"
+    shapes = {"blk.0.ffn_down.weight": (64, 96), "token_embd.weight": (50, 64), "output.weight": (50, 64)}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(16)
+    writer.add_embedding_length(64)
+    writer.add_token_list([str(n) for n in range(50)])
+    for name, shape in shapes.items():
+        data = np.zeros(shape, np.float32)
+        writer.add_tensor(name, gguf.quants.quantize(data, gguf.GGMLQuantizationType[kind]),
+                          raw_dtype=gguf.GGMLQuantizationType[kind])  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
+    expected = sizes["blk.0.ffn_down.weight"] + sizes["output.weight"] + sizes["token_embd.weight"] // 50
+    assert abs(gguf_header.read(path).token_bytes - expected) <= 3 * 32  # each is padded to 32
 
 
 @pytest.mark.parametrize(
@@ -83,3 +117,4 @@ def test_only_a_bundle_error_comes_out_of_a_patched_file(
         return
     assert header.width > 0
     assert header.vocab > 0
+    assert header.token_bytes >= 0
