@@ -29,7 +29,7 @@ print("LOADED", *sorted(sys.modules))
 
 @pytest.mark.parametrize(
     "args", [["--help"], ["--version"], ["summarize", "--help"], ["chat", "--help"], ["verify", "--help"],
-             ["doctor", "--help"], ["models", "add", "--help"], ["completion", "bash"]],
+             ["doctor", "--help"], ["bench", "--help"], ["models", "add", "--help"], ["completion", "bash"]],
 )  # fmt: skip
 def test_help_loads_nothing_heavy(args: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", _LIST, *args], capture_output=True, text=True, timeout=60, check=True)
