@@ -456,6 +456,7 @@ def test_a_file_that_changes_while_it_is_at_work(recorded_bundle: Path, archive:
 
     ask = Ask(tuple(f"{number}?" for number in range(20)), options=GenerationOptions(max_tokens=4))
     with Run(arrivals(), ask, output=Path("out.jsonl"), bundle=recorded_bundle, threads=1, parallel=2) as run:
-        assert len(list(run)) in (20, 40)  # it may have been read only after the change
+        # It may have been read only after the change, and then again: what no record answers by then is asked twice.
+        assert 20 <= len(list(run)) <= 40
     found = runs.records(Path("out.jsonl"))
     assert len(found) == 20 * len({one["sha256"] for one in found})
