@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import QuantType, quantize_dynamic
 
 from xraygpt_lite.converters import precision
 from xraygpt_lite.errors import ConversionError
@@ -38,9 +41,9 @@ def graph(tmp_path: Path) -> Path:
     return path
 
 
-def run(path: Path) -> np.ndarray:
+def run(path: Path, options: onnxruntime.SessionOptions | None = None) -> np.ndarray:
     pixels = np.random.default_rng(1).normal(size=(8, WIDTH)).astype(np.float32)
-    features: np.ndarray = onnxruntime.InferenceSession(str(path)).run(["features"], {"pixels": pixels})[0]
+    features: np.ndarray = onnxruntime.InferenceSession(str(path), options).run(["features"], {"pixels": pixels})[0]
     return features
 
 
@@ -68,8 +71,9 @@ def test_each_type(graph: Path, tmp_path: Path, kind: str, stored: int, error: f
 def test_a_graph_whose_weights_lie_apart(
     graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stored: int, error: float
 ) -> None:
-    """As above protobuf's limit: no shapes are inferred, and float16 is written in two files again."""
+    """As above protobuf's limit: no shapes are inferred; the weights of what is written lie apart again."""
     monkeypatch.setattr(precision, "LARGEST_GRAPH", 10_000)
+    monkeypatch.setattr(precision, "APART", 5_000)
     expected = run(graph)
     model = onnx.load(graph)
     onnx.save(model, graph, save_as_external_data=True, location="vision.onnx_data", size_threshold=1024)
@@ -77,10 +81,35 @@ def test_a_graph_whose_weights_lie_apart(
     (tmp_path / "small").mkdir()
     target = tmp_path / "small" / "vision.onnx"
     precision.shrink(graph, target, kind)
-    names = {"vision.onnx", "vision.onnx_data"} if kind == "f16" else {"vision.onnx"}
-    assert {path.name for path in target.parent.iterdir()} == names
+    assert {path.name for path in target.parent.iterdir()} == {"vision.onnx", "vision.onnx_data"}
+    assert target.stat().st_size < 4096
     assert types(target) == {stored}
     assert 0 < np.abs(run(target) - expected).max() / np.abs(expected).max() <= error
+
+
+def test_int8_is_stored_optimized(graph: Path, tmp_path: Path) -> None:
+    """The four nodes that a quantizer makes of a product are one, and nothing in the file is made for one CPU."""
+    target = tmp_path / "small.onnx"
+    precision.shrink(graph, target, "int8")
+    assert {path.name for path in tmp_path.iterdir()} == {"vision.onnx", "small.onnx"}
+    model = onnx.load(target)
+    assert [node.op_type for node in model.graph.node] == ["DynamicQuantizeMatMul", "Tanh", "DynamicQuantizeMatMul"]
+    assert {each.domain for each in model.opset_import} >= {"", "com.microsoft"}
+    assert [value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input] == ["batch"]
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = tmp_path / "plain.onnx"
+    quantize_dynamic(graph, plain, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8)
+    np.testing.assert_allclose(run(target), run(plain, options), rtol=0, atol=1e-5)
+
+
+def test_a_full_disk_is_told_as_one(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(OSError, match="No space left") as caught:
+        precision.shrink(graph, tmp_path / "small.onnx", "int8")
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == ["vision.onnx"]
 
 
 def test_int8_of_a_network_without_matrices_is_refused(graph: Path, tmp_path: Path) -> None:
