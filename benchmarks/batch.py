@@ -4,7 +4,8 @@
 
 Three ways over the same radiographs, in turn: `summarize` one by one in one process, a batch into a journal, and the
 bound: the encoder alone over whole batches of pixels that were read before, then a bare loop of `llama_decode` that is
-given as many rows in as many calls as the batch needed. `--table` runs batches of 1 to 16 sequences instead.
+given as many rows in as many calls as the batch needed. `--steps` runs one batch instead and lets a bare call of as
+many rows follow every full step, so that both see the same machine; `--table` runs batches of 1 to 16 sequences.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.quiet import Stolen
 from xraygpt_lite import model as models
 from xraygpt_lite import prompt
 from xraygpt_lite.batch.inputs import Input, find
@@ -40,18 +42,20 @@ from xraygpt_lite.vision import Encoder
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "nih-chestxray14" / "nih128.zip"
 TABLE = (1, 2, 4, 8, 16)
+KINDS = ("encode", "prefill", "steps")
 
 
 @contextmanager
-def native() -> Iterator[list[float]]:
-    """Seconds of every call of the encoder and of `llama_decode` meanwhile."""
-    seconds: list[float] = []
+def native() -> Iterator[dict[str, float]]:
+    """Seconds inside the encoder and inside `llama_decode` meanwhile, for prompts and for steps with a row of each."""
+    seconds = dict.fromkeys(KINDS, 0.0)
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*given: Any) -> Any:
+        def call(of: Encoder | Context, given: Any) -> Any:
             began = time.perf_counter()
-            result = function(*given)
-            seconds.append(time.perf_counter() - began)
+            result = function(of, given)
+            kind = "encode" if isinstance(of, Encoder) else "steps" if given.rows <= of.sequences else "prefill"
+            seconds[kind] += time.perf_counter() - began
             return result
 
         return call
@@ -74,6 +78,11 @@ def radiographs(source: Path, count: int) -> Iterator[list[Input]]:
                 archive.extractall(folder, names)
             source = Path(folder)
         yield find([source], limit=count)
+
+
+def seconds_of(spent: dict[str, float]) -> str:
+    """As words."""
+    return ", ".join(f"{kind} {seconds:.1f} s" for kind, seconds in spent.items())
 
 
 def one_by_one(model: XrayModel, inputs: Sequence[Input], options: GenerationOptions) -> tuple[float, list[Summary]]:
@@ -100,15 +109,29 @@ def together(
             seconds = time.perf_counter() - began
         sequences, in_turn = run.model.plan.sequences, run.model.takes_turns
     assert all(isinstance(record, Summary) for record in records)
-    share = sum(calls) / seconds if in_turn else None
-    return {"seconds": seconds, "sequences": sequences, "records": records, "native_share": share}
+    share = sum(calls.values()) / seconds if in_turn else None
+    return {"seconds": seconds, "sequences": sequences, "records": records, "native_s": calls, "native_share": share}
 
 
-def bare(bundle: Bundle, inputs: Sequence[Input], said: Sequence[Summary], sequences: int) -> tuple[float, float]:
-    """Seconds of the bare encoder and of the bare decode loop for the same work.
+def fill(context: Context, batch: Batch, rows: int) -> None:
+    """Put as many rows into every sequence."""
+    for begin in range(0, rows, context.batch):
+        places = np.arange(begin, min(begin + context.batch, rows))
+        batch.put(np.ones(len(places), np.int32), places, 0, False)
+        context.decode(batch)
+    for one in range(1, context.sequences):
+        context.copy(0, one)
+    batch.put(np.ones(context.sequences, np.int32), rows, np.arange(context.sequences), True)
+    context.decode(batch)  # the copies are made by it
+    for one in range(context.sequences):
+        context.cut(one, rows)
 
-    Prompts go in as the batch puts them: the opening once, images and questions of all sequences in common calls. Each
-    sequence then takes as many steps as its answer has tokens, and the next radiograph's prompt follows.
+
+def bare(bundle: Bundle, inputs: Sequence[Input], said: Sequence[Summary], sequences: int) -> dict[str, float]:
+    """Seconds of the bare encoder and of the bare decode loop for the same work, by `KINDS`.
+
+    Prompts go in as the batch puts them: the opening is there, images and questions of all sequences in common calls.
+    Each sequence then takes as many steps as its answer has tokens, and the next radiograph's prompt follows.
     """
     spec = bundle.manifest.image
     pixels = transform([read(one.path) for one in inputs], spec)
@@ -126,12 +149,13 @@ def bare(bundle: Bundle, inputs: Sequence[Input], said: Sequence[Summary], seque
     opening, image, question = map(len, prompt.build(wording, said[0].question, rows, model.tokenize))
     context = Context(model, plan, opening + image + question + longest)
     batch = Batch(context.batch)
-    decoding, left = 0.0, list(said)
+    fill(context, batch, opening)
+    spent, left = {"encode": encoding, "prefill": 0.0, "steps": 0.0}, list(said)
     while left:
         group, left = left[:sequences], left[sequences:]
         ids = np.arange(len(group))
         for one in range(sequences):
-            context.cut(one, 0)
+            context.cut(one, opening)
         began = time.perf_counter()
         each = max(1, context.batch // max(image, question))
         for part in np.array_split(ids, -(-len(ids) // each)):
@@ -142,15 +166,76 @@ def bare(bundle: Bundle, inputs: Sequence[Input], said: Sequence[Summary], seque
             places = opening + image + np.tile(np.arange(question), len(part))
             batch.put(np.ones(len(places), np.int32), places, np.repeat(part, question), last)
             context.decode(batch)
+        filled = time.perf_counter()
         # Evenly long: as many calls as the tokens of the group fill, so that no place is ever empty.
         for step in range(round(sum(summary.answer_tokens for summary in group) / len(group))):
             batch.put(np.ones(len(ids), np.int32), opening + image + question + step, ids, True)
             context.decode(batch)
             context.logits(0)
-        decoding += time.perf_counter() - began
+        spent["prefill"] += filled - began
+        spent["steps"] += time.perf_counter() - filled
     context.close()
     model.close()
-    return encoding, decoding
+    return spent
+
+
+def steps(
+    bundle: Bundle, inputs: Sequence[Input], options: GenerationOptions, parallel: int | None, longest: int
+) -> dict[str, Any]:
+    """A batch whose full decode steps alternate with bare calls on a cache of the same lengths.
+
+    A step is all from the end of one bare call to the end of the engine's next `llama_decode`: taking the tokens of the
+    last one, ending and beginning answers, filling the batch. Steps with empty lanes and prefills are left out. The
+    bare cache goes through as many lengths as the longest answer has tokens.
+    """
+    ours: list[float] = []
+    theirs: list[float] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Run(
+            inputs, Ask(options=options), output=Path(folder) / "out.jsonl", count=len(inputs), bundle=bundle.folder,
+            parallel=parallel,
+        ) as run,
+    ):  # fmt: skip
+        core = run.model._engine._core
+        sequences, decode = core.context.sequences, core.context.decode
+        spec = bundle.manifest
+        rows = np.zeros((spec.image_tokens, spec.width), np.float32)
+        _, wording = prompt.variant_of(spec.prompt, None)
+        start = sum(map(len, prompt.build(wording, spec.prompt.default_question, rows, core.model.tokenize)))
+        bare = Context(core.model, core.plan, start + longest)
+        batch, ids = Batch(bare.batch), np.arange(sequences)
+        fill(bare, batch, start)
+        resumed: float | None = None
+
+        def watched(given: Batch) -> None:
+            nonlocal resumed
+            decode(given)
+            ended = time.perf_counter()
+            full = given.rows == sequences and bool(given.outputs.all())
+            if full and resumed is not None:
+                ours.append(ended - resumed)
+                batch.put(np.ones(sequences, np.int32), start + len(theirs) % longest, ids, True)
+                began = time.perf_counter()
+                bare.decode(batch)
+                bare.logits(0)
+                theirs.append(time.perf_counter() - began)
+                if len(theirs) % longest == 0:
+                    for one in range(sequences):
+                        bare.cut(one, start)
+            resumed = time.perf_counter() if full else None
+
+        core.context.decode = watched  # type: ignore[method-assign, assignment]
+        assert all(isinstance(record, Summary) for record in run)
+        bare.close()
+    return {
+        "sequences": sequences,
+        "steps": len(ours),
+        "step_s": statistics.median(ours),
+        "bare_step_s": statistics.median(theirs),
+        "rate_vs_bare": sum(theirs) / sum(ours),
+        "rate_vs_bare_median": statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
+    }
 
 
 def compare(
@@ -165,6 +250,7 @@ def compare(
     alone, batched, bound, rounds = [], [], [], []
     few = inputs[:some]
     for _ in range(repeats):
+        stolen = Stolen()
         with models.open_bundle(bundle) as model:
             model.summarize(inputs[0].path, options=options)
             seconds, said = one_by_one(model, few, options)
@@ -179,14 +265,15 @@ def compare(
         print(f"batch {batched[-1]:.1f} s, the texts are the same", file=sys.stderr)
         said = [by_name[str(one.path)] for one in inputs]
         bound.append(bare(bundle, inputs, said, sequences))
-        rounds.append((alone[-1] / batched[-1], sum(bound[-1]) / batched[-1]))
-        print(f"bound {bound[-1][0]:.1f} + {bound[-1][1]:.1f} s", file=sys.stderr)
+        rounds.append((alone[-1] / batched[-1], sum(bound[-1].values()) / batched[-1]))
+        print(f"inside native calls: {seconds_of(run['native_s'])}; bound: {seconds_of(bound[-1])}", file=sys.stderr)
+        print(f"{stolen.share:.1%} of the time was taken by other machines", file=sys.stderr)
     return {
         "images": len(inputs),
         "sequences": sequences,
         "one_by_one_images_per_s": len(inputs) / statistics.median(alone),
         "batch_images_per_s": len(inputs) / statistics.median(batched),
-        "bound_images_per_s": len(inputs) / statistics.median([sum(each) for each in bound]),
+        "bound_images_per_s": len(inputs) / statistics.median([sum(each.values()) for each in bound]),
         "batch_vs_one_by_one": statistics.median([each[0] for each in rounds]),
         "batch_vs_bound": statistics.median([each[1] for each in rounds]),
         "native_share": run["native_share"],  # where encoder and language model take turns; of the last round
@@ -219,6 +306,7 @@ def main() -> None:
         "--alone", type=int, help="answer one by one for so many only; the others are taken to be alike"
     )
     parser.add_argument("--device", default="auto", help="of --table: auto, cpu or cuda, where it goes on to 64")
+    parser.add_argument("--steps", action="store_true", help="the decode rate of a batch against bare calls in between")
     parser.add_argument("--table", action="store_true", help="images a minute and memory for 1 to 16 sequences")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -231,13 +319,17 @@ def main() -> None:
         for count, each in figures.items():
             print(f"{count:2} sequences  {each['images_per_minute']:8.1f} images/min  {each['peak_mb']:8.0f} MB")
     else:
-        bundle = models.checked(given.bundle)
+        bundle, stolen = models.checked(given.bundle), Stolen()
         with radiographs(given.images, given.count) as inputs:
             if given.one:
                 run = together(bundle.folder, inputs, options, given.parallel, given.device)
                 print(json.dumps({"images_per_minute": 60 * len(inputs) / run["seconds"]}))
                 return
-            figures = compare(bundle, inputs, options, given.repeats, given.parallel, given.alone)
+            if given.steps:
+                figures = steps(bundle, inputs, options, given.parallel, given.tokens or 60)
+            else:
+                figures = compare(bundle, inputs, options, given.repeats, given.parallel, given.alone)
+        figures["stolen_share"] = stolen.share
         for name, value in figures.items():
             print(f"{name:26} {value:.3f}" if isinstance(value, float) else f"{name:26} {value}")
     if given.json:

@@ -46,7 +46,7 @@ class Request:
         The bundle's folder, which does not exist yet.
     quant
         Weight type of the language model, one of `weights.QUANTS`; None keeps a GGUF as it is and is f16 for a
-        folder, "auto" is q4_k_m from a billion weights on and q8_0 below.
+        folder, "auto" is `device.best_weights` from a billion weights on and q8_0 below.
     vision_type
         Weight type of the encoder, one of `precision.VISION_TYPES`.
     settings

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from xraygpt_lite import compare
+from xraygpt_lite import compare, device
 from xraygpt_lite.converters import precision
 from xraygpt_lite.converters.families import Parts
 from xraygpt_lite.converters.language import LanguageModel
@@ -59,7 +59,8 @@ def llm_type(llm: LanguageModel, asked: str | None) -> str:
         return llm.weight_type(asked)
     if llm.own_type not in ("f32", "f16"):
         return llm.weight_type(None)
-    return llm.weight_type("q4_k_m" if _source_bytes(llm) * 8 / BITS[llm.own_type] >= LARGE else "q8_0")
+    large = _source_bytes(llm) * 8 / BITS[llm.own_type] >= LARGE
+    return llm.weight_type(device.best_weights() if large else "q8_0")
 
 
 def _source_bytes(llm: LanguageModel) -> int:

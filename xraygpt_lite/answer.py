@@ -26,6 +26,7 @@ class AnswerReader:
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = [stop.encode() for stop in stops if stop]
+        self._beginnings = tuple({stop[:length] for stop in self._stops for length in range(1, len(stop))})
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = b""
         self._released = 0
@@ -45,7 +46,9 @@ class AnswerReader:
             self.stopped = True
             self._held = b""
             return self._release(data[: min(starts)])
-        keep = max((_overlap(data, stop) for stop in self._stops), default=0)
+        keep = 0
+        if data.endswith(self._beginnings):  # seldom
+            keep = max(_overlap(data, stop) for stop in self._stops)
         self._held = data[len(data) - keep :]
         return self._release(data[: len(data) - keep])
 

@@ -79,7 +79,7 @@ class Cache:
         _touch(path)
         return block
 
-    def put_bytes(self, kind: str, key: str, block: bytes) -> None:
+    def put_bytes(self, kind: str, key: str, block: bytes | memoryview) -> None:
         """Keep a block under (kind, key), if that is possible and it is not too large."""
         if len(block) <= _MAX_BLOCKS_BYTES:
             self._put(self._path(kind, key, "bin"), (hashlib.sha256(block).digest(), block))
@@ -95,7 +95,7 @@ class Cache:
         except OSError:
             return False
 
-    def _put(self, path: Path | None, parts: Iterable[bytes]) -> None:
+    def _put(self, path: Path | None, parts: Iterable[bytes | memoryview]) -> None:
         if path is None:
             return
         with contextlib.suppress(OSError):
@@ -110,7 +110,7 @@ class Cache:
             return None
         return self.folder / kind / f"{hashlib.sha256(key.encode('utf-8', 'surrogateescape')).hexdigest()}.{ending}"
 
-    def _replace(self, path: Path, parts: Iterable[bytes]) -> None:
+    def _replace(self, path: Path, parts: Iterable[bytes | memoryview]) -> None:
         handle, name = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:

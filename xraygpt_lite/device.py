@@ -70,8 +70,17 @@ def slow_weights(kind: str) -> str | None:
     """Where a type of weights has less than 0.7 of the speed that another has on `CPU_CLASS`; None: nowhere."""
     shares = zip(SPEEDS.get(kind, (1.0, 1.0, 1.0)), _USES, strict=True)
     slow = [f"{share:.1f} times as fast as the fastest type for {use}" for share, use in shares if share < _SLOW]
-    fastest = max(SPEEDS, key=lambda name: sum(SPEEDS[name]))
-    return f"{', '.join(slow)}; convert with --quant {fastest}" if slow else None
+    return f"{', '.join(slow)}; convert with --quant {_fastest()}" if slow else None
+
+
+def best_weights() -> str:
+    """The type for a large language model: the fastest on `CPU_CLASS`, the nearest of four bits on any other CPU."""
+    return _fastest() if known_cpu() else "q4_k_m"
+
+
+def _fastest() -> str:
+    """Of all uses together."""
+    return max(SPEEDS, key=lambda name: sum(SPEEDS[name]))
 
 
 def cache_folder() -> Path:

@@ -7,7 +7,6 @@ context, model. Knows nothing of requests, threads or text that stops.
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -192,6 +191,8 @@ class Context:
         model._contexts += 1
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._row_type = ctypes.c_float * model.vocab
+        self._outputs = np.zeros(0, np.bool_)
+        self._likeliest: dict[int, int] = {}
 
     @property
     def pointer(self) -> Any:
@@ -209,6 +210,7 @@ class Context:
             With llama.cpp's return code. After it, cut the sequences of this batch to what they held before.
         """
         mark = log.mark()
+        self._outputs, self._likeliest = batch.outputs, {}
         code = self._lib.llama_decode(self.pointer, batch.struct)
         if code != 0:
             raise NativeError(f"llama.cpp could not decode {batch.rows} rows (returned {code}){log.reason(mark)}")
@@ -222,9 +224,20 @@ class Context:
 
     def likeliest(self, row: int) -> int:
         """Return the arg-max of one row's logits, the first of equal ones."""
-        values = self._logits(row)
-        token = int(values.argmax())
-        if not math.isfinite(values[token]):  # what is no number counts as the largest
+        if not self._likeliest:  # of all rows at once: asked one by one, they would take longer than small models do
+            rows = np.flatnonzero(self._outputs)
+            found = self._lib.llama_get_logits(self.pointer)
+            if not found or not rows.size:
+                raise NativeError(f"row {row} of the last batch has no logits")
+            memory: Any = (self._row_type * rows.size).from_address(ctypes.addressof(found.contents))
+            values = np.frombuffer(memory, np.float32).reshape(rows.size, -1)
+            best = values.argmax(1)
+            finite = np.isfinite(values[np.arange(rows.size), best])  # what is no number counts as the largest
+            self._likeliest = dict(zip(rows.tolist(), np.where(finite, best, -1).tolist(), strict=True))
+        token = self._likeliest.get(row)
+        if token is None:
+            raise NativeError(f"row {row} of the last batch has no logits")
+        if token < 0:
             raise NativeError(_DAMAGED)
         return token
 
@@ -253,17 +266,18 @@ class Context:
         if written != size:
             raise NativeError(f"llama.cpp could not save sequence {sequence} (returned {written} of {size} bytes)")
         # Eight bytes, the number of streams, then of each stream the count of this sequence's rows, and these: zero in
-        # all streams but one. Without that number and those zeros it fits any number of streams.
+        # all streams but one. It becomes, in place, the state of a context that has that one only.
         begin, end = 12 + 4 * sequence, size - 4 * (self.sequences - 1 - sequence)
-        return np.concatenate([state[:8], state[begin:end]])
+        state[begin - 12 : begin] = np.concatenate([state[:8], _streams(1)])
+        return state[begin - 12 : end]
 
     def restore(self, sequence: int, state: UInt8) -> None:
         """Replace what a sequence holds by what `save` returned."""
-        streams = np.array([self.sequences], np.uint32).view(np.uint8)
-        empty = np.zeros(4 * (self.sequences - 1), np.uint8)
-        whole = np.concatenate([state[:8], streams, state[8:], empty])
+        if self.sequences > 1:
+            empty = np.zeros(4 * (self.sequences - 1), np.uint8)
+            state = np.concatenate([state[:8], _streams(self.sequences), state[12:], empty])
         mark = log.mark()
-        if not self._lib.llama_state_seq_set_data(self.pointer, whole.ctypes.data_as(_BYTES), whole.size, sequence):
+        if not self._lib.llama_state_seq_set_data(self.pointer, state.ctypes.data_as(_BYTES), state.size, sequence):
             raise NativeError(f"llama.cpp could not restore sequence {sequence}{log.reason(mark)}")
 
     def length(self, sequence: int) -> int:
@@ -277,6 +291,10 @@ class Context:
             self._lib.llama_free(self._pointer)
             self._pointer = None
             self.model._contexts -= 1
+
+
+def _streams(count: int) -> UInt8:
+    return np.array([count], np.uint32).view(np.uint8)
 
 
 class Batch:
@@ -311,6 +329,11 @@ class Batch:
     def rows(self) -> int:
         """Number of rows in it."""
         return int(self.struct.n_tokens)
+
+    @property
+    def outputs(self) -> npt.NDArray[np.bool_]:
+        """Which rows (n,) give logits."""
+        return self._outputs[: self.rows].astype(np.bool_)
 
     def put(
         self,

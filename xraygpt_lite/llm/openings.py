@@ -53,7 +53,7 @@ class Openings:
             return
         self._written.add(opening)
         self._missing.discard(opening)
-        self._cache.put_bytes(_KIND, self._key(opening), state().tobytes())
+        self._cache.put_bytes(_KIND, self._key(opening), state().data)
 
     def _key(self, opening: bytes) -> str:
         return f"{self._model} {hashlib.sha256(opening).hexdigest()}"

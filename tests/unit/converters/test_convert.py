@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tiny_bundle import plain_manifest
 from torch import Tensor, nn
 
-from xraygpt_lite import compare, verify
+from xraygpt_lite import compare, device, verify
 from xraygpt_lite.bundle import store
 from xraygpt_lite.cache import Cache
 from xraygpt_lite.converters import assemble, onnx, precision, weights
@@ -286,6 +286,18 @@ def test_a_smaller_encoder_is_measured_and_noted(request_: Request, made: Path, 
     assert 0.95 < manifest.agreement["cosine_worst"] <= manifest.agreement["cosine_mean"] <= 1
     assert manifest.agreement["images"] == 3
     assert manifest.warnings == ()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_large_language_model_gets_what_is_fast_here(
+    request_: Request, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """Where its CPU's speeds are known; and four bits anywhere."""
+    monkeypatch.setattr(weights, "LARGE", 0)
+    monkeypatch.setattr(device, "cpu_features", lambda: ("avx512f", "amx_int8") if known else ("avx2",))
+    monkeypatch.setattr(device, "SPEEDS", {"q4_k_m": (1.0, 0.7, 1.0), "q4_0": (1.0, 1.0, 0.9)})
+    kept = convert(replace(request_, quant="auto")).bundle.manifest.weight_types["llm"]
+    assert kept == ("q4_0" if known else "q4_k_m")
 
 
 def test_an_encoder_that_lost_too_much_is_refused_or_says_so(

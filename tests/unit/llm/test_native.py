@@ -130,6 +130,36 @@ def test_sequences_do_not_see_each_other(context: native.Context) -> None:
     assert np.abs(context.logits(1) - alone).max() > 0.1
 
 
+def test_the_likeliest_token_of_each_row_that_gives_logits(model: native.Model, plan: DevicePlan) -> None:
+    """Rows of several sequences, in any order, as llama.cpp splits them and puts them together again."""
+    context, batch = native.Context(model, replace(plan, sequences=5), 64), native.Batch(8)
+    for start in range(2):
+        order, wanted = np.array([3, 0, 4, 1, 2]), np.array([True, False, True, True, False])
+        batch.put(np.arange(7, 12, dtype=np.int32) + start, start, order, wanted)
+        context.decode(batch)
+        for row in np.flatnonzero(wanted):
+            assert context.likeliest(row) == context.logits(row).argmax()
+        assert len({context.likeliest(row) for row in np.flatnonzero(wanted)}) > 1
+        with pytest.raises(NativeError, match="row 1 of the last batch has no logits"):
+            context.likeliest(1)
+    batch.put(np.array([5], np.int32), 2, 0, False)
+    context.decode(batch)
+    with pytest.raises(NativeError, match="row 0 of the last batch has no logits"):
+        context.likeliest(0)
+    context.close()
+
+
+def test_a_row_of_damaged_weights_fails_alone(context: native.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    context.decode(put(native.Batch(8), [5, 6, 7]))
+    healthy = context.likeliest(0)
+    monkeypatch.setattr(context, "_likeliest", {})
+    values = np.ctypeslib.as_array(library().llama_get_logits_ith(context.pointer, 1), (context.model.vocab,))
+    values[3] = np.nan
+    assert context.likeliest(0) == healthy
+    with pytest.raises(NativeError, match="not finite"):
+        context.likeliest(1)
+
+
 @pytest.mark.parametrize("streams", [1, 2, 5])
 @pytest.mark.parametrize("float32_cache", [True, False])
 def test_a_sequence_goes_to_another_context_and_is_copied_there(
