@@ -231,7 +231,7 @@ class Pool(Closing):
                 if self._closed.is_set():
                     raise ClosedError(_CLOSED)
                 try:
-                    child = _Child(self._program, self._spec)
+                    child = _Child(self._program, self._spec, min(_STEP_S, self._timeout / 4))
                 except OSError as error:
                     cause = error.strerror or type(error).__name__
                     continue
@@ -254,7 +254,7 @@ class Pool(Closing):
 class _Child:
     """One process. All but `process.kill` belongs to one thread."""
 
-    def __init__(self, program: Sequence[str], spec: ImageSpec) -> None:
+    def __init__(self, program: Sequence[str], spec: ImageSpec, step: float) -> None:
         self.process = subprocess.Popen(
             program,
             stdin=subprocess.PIPE,
@@ -268,6 +268,11 @@ class _Child:
         self._spec = spec
         self._late = False
         self.cause = ""
+        self._task: list[float] | None = None  # the seconds left for what it is at
+        self._watching = threading.Lock()
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, args=(step,), name="reader-limit", daemon=True)
+        self._watcher.start()
 
     def ready(self) -> bool:
         """Whether it says that it is ready to read."""
@@ -313,6 +318,8 @@ class _Child:
 
     def end(self) -> None:
         """Kill it, wait for it and close its pipes."""
+        self._ended.set()
+        self._watcher.join()
         self.process.kill()
         for stream in (self._requests, self._answers):
             with suppress(OSError):  # what was not sent has no reader
@@ -338,22 +345,26 @@ class _Child:
     @contextmanager
     def _limit(self, seconds: float) -> Iterator[None]:
         """Kill the process when it takes longer; then whoever reads from it meets the end of the pipe."""
-        done = threading.Event()
-
-        def watch() -> None:
-            left = seconds
-            while left > 0:  # in steps: while this program is stopped (Ctrl-Z, a frozen container), one may pass
-                step = min(left, _STEP_S)
-                if done.wait(step):
-                    return
-                left -= step
-            self._late = True
-            self.process.kill()
-
-        watcher = threading.Thread(target=watch, name="reader-limit", daemon=True)
-        watcher.start()
+        with self._watching:
+            self._task = [seconds]
         try:
             yield
         finally:
-            done.set()
-            watcher.join()
+            with self._watching:
+                self._task = None
+
+    def _watch(self, step: float) -> None:
+        """Look at what it is at every `step` seconds, and take these from what is left for it.
+
+        Of a clock that runs on while this program is stopped (Ctrl-Z, a frozen container), one step may pass.
+        """
+        seen = None
+        while not self._ended.wait(step):
+            with self._watching:
+                if self._task is not None and self._task is seen:
+                    self._task[0] -= step
+                    if self._task[0] <= 0:
+                        self._late = True
+                        self.process.kill()
+                        return
+                seen = self._task

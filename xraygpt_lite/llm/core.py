@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
 from queue import Empty, SimpleQueue
 
@@ -26,6 +27,8 @@ from .requests import Cut, Generate, Request, Trace
 from .search import Search
 from .sequence import Held
 from .speculation import Speculation
+
+_GAP = 4  # sequences: about as many rows as cost what reading the weights once does
 
 
 class Core:
@@ -249,12 +252,14 @@ class Core:
         if request.opening is None:
             return
         target, rows = request.held.id, len(request.chunks[0].content)
-        holders = [s for s, ids in self._openings.items() if ids == request.opening and self.context.length(s) >= rows]
-        if not holders and not self._recall(target, request.opening, rows):
+        alike = (sequence for sequence, ids in self._openings.items() if ids == request.opening)
+        first = sorted(alike, key=lambda sequence: sequence != target)  # its own, if it has them
+        holder = next((sequence for sequence in first if self.context.length(sequence) >= rows), None)
+        if holder is None and not self._recall(target, request.opening, rows):
             return
-        if holders and target not in holders:
+        if holder not in (None, target):
             self.context.cut(target, 0)
-            self.context.copy(holders[0], target)
+            self.context.copy(holder, target)
         self.context.cut(target, rows)
         self._openings[target], request.opening = request.opening, None
         request.held.rows = rows
@@ -307,17 +312,38 @@ class Core:
         if self._speculation and len(ready) == 1 and ready[0].guessable:
             self._leap(ready[0], self._speculation)
             return
-        ready.sort(key=lambda request: request.held.id)
+        steps = {request.held.id: request for request in ready}
+        between = self._between(sorted(steps))
+        order = sorted([*steps, *between])
         self._batch.put(
-            np.fromiter((request.ids[-1] for request in ready), np.int32, len(ready)),
-            [request.held.rows for request in ready],
-            [request.held.id for request in ready],
-            [request.wants_logits for request in ready],
+            np.array([steps[s].ids[-1] if s in steps else 0 for s in order], np.int32),
+            [steps[s].held.rows if s in steps else between[s] for s in order],
+            order,
+            [s in steps and steps[s].wants_logits for s in order],
         )
-        if self._decode(list(ready)):
-            for row, request in enumerate(ready):
-                request.held.rows += 1
-                self._advance(request, (row,))
+        decoded = self._decode(list(ready))
+        for sequence, rows in between.items():
+            self.context.cut(sequence, rows)
+        if decoded:
+            for row, sequence in enumerate(order):
+                if sequence in steps:
+                    steps[sequence].held.rows += 1
+                    self._advance(steps[sequence], (row,))
+
+    def _between(self, sequences: Sequence[int]) -> dict[int, int]:
+        """Sequences in small gaps between rising others, and how many rows each holds.
+
+        llama.cpp decodes those together that have no gap between them, and goes through all weights again behind one:
+        a row more in the gap, which is cut off again, costs less.
+        """
+        found: dict[int, int] = {}
+        if sequences[-1] - sequences[0] == len(sequences) - 1:
+            return found
+        for before, after in pairwise(sequences):
+            rows = {sequence: self.context.length(sequence) for sequence in range(before + 1, after)}
+            if len(rows) <= _GAP and all(length < self.cells for length in rows.values()):
+                found |= rows
+        return found
 
     def _leap(self, request: Generate, speculation: Speculation) -> None:
         """Decode the next row of the only request that generates, and those of guesses at what follows it."""

@@ -147,6 +147,47 @@ def test_slots_generate_in_the_same_calls(
         slot.close()
 
 
+@pytest.mark.parametrize(("held", "calls_of"), [(0, 3), (30, 3), (256, 2)])
+def test_a_slot_between_two_that_write_goes_along_and_stays_as_it_is(
+    engine: Engine, prompt: TokenSegment, reader: Any, monkeypatch: pytest.MonkeyPatch, held: int, calls_of: int
+) -> None:
+    """A gap would cost another pass through the weights; what is full has no room for a row more."""
+    sizes: list[int] = []
+    core, writing = engine._core, Sampling(max_tokens=40)
+    decode = core.context.decode
+
+    def counted(batch: Any) -> None:
+        sizes.append(batch.rows)
+        decode(batch)
+
+    alone = run(engine, [prompt], writing, reader())[1].ids
+    slots = [engine.open() for _ in range(3)]
+    first, middle, last = sorted(slots, key=lambda slot: slot._held.id)
+    if held:
+        content = segment(np.resize(prompt.ids, held - 5).tolist())
+        list(middle.generate([content], Sampling(max_tokens=5), stop_ids=(), reader=reader()))
+        assert core.context.length(1) == held
+    monkeypatch.setattr(core.context, "decode", counted)
+    streams = [slot.generate([prompt], writing, stop_ids=(), reader=reader()) for slot in (first, last)]
+    for stream in streams:
+        list(stream)
+        assert stream.result.ids == alone
+    assert sizes.count(calls_of) > 20
+    assert core.context.length(1) == held
+    if held == 30:
+        more = middle.generate([segment([5, 6])], Sampling(max_tokens=9), stop_ids=(), reader=reader())
+        list(more)
+        for slot in slots:
+            slot.close()
+        with engine.open() as slot:
+            list(slot.generate([content], Sampling(max_tokens=5), stop_ids=(), reader=reader()))
+            again = slot.generate([segment([5, 6])], Sampling(max_tokens=9), stop_ids=(), reader=reader())
+            list(again)
+        assert again.result.ids == more.result.ids
+    for slot in slots:
+        slot.close()
+
+
 def test_a_turn_is_appended_and_equals_one_long_prompt(engine: Engine, prompt: TokenSegment, reader: Any) -> None:
     turn = segment([5, 6, 7, 8])
     with engine.open() as slot:
