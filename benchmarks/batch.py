@@ -228,6 +228,8 @@ def steps(
         core.context.decode = watched  # type: ignore[method-assign, assignment]
         assert all(isinstance(record, Summary) for record in run)
         bare.close()
+    if not ours:
+        sys.exit(f"no two full steps of {sequences} sequences followed each other; give more radiographs or --parallel")
     return {
         "sequences": sequences,
         "steps": len(ours),

@@ -28,8 +28,10 @@ GPU_RESERVE = 768 * 2**20
 """Of a GPU's free memory, kept for compute buffers and the driver."""
 CPU_CLASS = "a CPU with AVX-512 and AMX"
 SPEEDS: Mapping[str, tuple[float, float, float]] = {
-    "q4_0": (1.0, 1.0, 0.92),
-    "q4_k_m": (0.9, 0.68, 1.0),
+    "q4_0": (1.0, 1.0, 0.99),
+    "q4_k_m": (0.53, 0.63, 0.88),
+    "iq4_xs": (0.57, 0.62, 0.87),
+    "q8_0": (0.59, 0.81, 1.0),
 }
 """Type of a 7B model's weights → tokens a second of one answer, of eight together, and rows a second of a prompt, as
 shares of the fastest type's; measured on `CPU_CLASS`, see docs/performance.md."""

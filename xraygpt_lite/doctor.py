@@ -20,6 +20,8 @@ from xraygpt_lite.errors import MissingPackageError, XrayError
 from xraygpt_lite.llm import native, selftest
 from xraygpt_lite.values import Check
 
+LARGE = 10**9
+"""Bytes of a bundle's largest file from which on the speeds of a 7B model say something about it."""
 _PACKAGES = ("numpy", "pillow", "pydicom", "click", "platformdirs")
 
 
@@ -139,7 +141,8 @@ def _weight_types() -> str:
         return f"speeds are known for {device.CPU_CLASS} only, which this is not; measure with: xraygpt-lite bench"
     found = []
     for item in store.installed():
-        kind = store.inspect(item.path)[0].weight_types["llm"]
-        if slow := device.slow_weights(kind):
+        manifest = store.inspect(item.path)[0]
+        kind, size = manifest.weight_types["llm"], max(entry.size for entry in manifest.files)
+        if size >= LARGE and (slow := device.slow_weights(kind)):
             found.append(f"{item.name} ({kind}) is {slow}")
     return "; ".join(found) or f"no bundle has a slow one for {device.CPU_CLASS}"

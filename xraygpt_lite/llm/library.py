@@ -102,14 +102,6 @@ def library() -> Any:
     return functions
 
 
-def at_once(name: str) -> Any:
-    """A function that returns at once, called without letting go of Python's lock: getting that back takes longer."""
-    function = getattr(library(), name)
-    held = getattr(ctypes.PyDLL(library()._lib._name), name)
-    held.argtypes, held.restype = function.argtypes, function.restype
-    return held
-
-
 def _silence(functions: Any) -> None:
     """Put our log in place of llama-cpp-python's, which prints."""
 

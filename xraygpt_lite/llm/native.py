@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..errors import BundleError, ClosedError, DeviceError, NativeError, UsageError
 from ..values import DevicePlan, Float32, Int32
-from .library import at_once, build_id, gpu_memory, library, log, set_fields, supports_gpu, system_info
+from .library import build_id, gpu_memory, library, log, set_fields, supports_gpu, system_info
 
 __all__ = ["Batch", "Context", "Model", "build_id", "gpu_memory", "set_fields", "supports_gpu", "system_info"]
 
@@ -191,8 +191,6 @@ class Context:
         model._contexts += 1
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._row_type = ctypes.c_float * model.vocab
-        self._get_logits = at_once("llama_get_logits") if plan.gpu_layers == 0 else self._lib.llama_get_logits
-        self._remove, self._last_row = at_once("llama_memory_seq_rm"), at_once("llama_memory_seq_pos_max")
         self._outputs = np.zeros(0, np.bool_)
         self._likeliest: dict[int, int] = {}
 
@@ -228,7 +226,7 @@ class Context:
         """Return the arg-max of one row's logits, the first of equal ones."""
         if not self._likeliest:  # of all rows at once: asked one by one, they would take longer than small models do
             rows = [index for index, output in enumerate(self._outputs.tolist()) if output]
-            found = self._get_logits(self.pointer)
+            found = self._lib.llama_get_logits(self.pointer)
             if not found or not rows:
                 raise NativeError(f"row {row} of the last batch has no logits")
             memory: Any = (self._row_type * len(rows)).from_address(ctypes.addressof(found.contents))
@@ -254,7 +252,7 @@ class Context:
 
     def cut(self, sequence: int, rows: int) -> None:
         """Drop a sequence's rows from position `rows` on."""
-        if not self._remove(self._memory, sequence, rows, -1):
+        if not self._lib.llama_memory_seq_rm(self._memory, sequence, rows, -1):
             raise NativeError(f"llama.cpp could not cut sequence {sequence} to {rows} rows")
 
     def copy(self, source: int, target: int) -> None:
@@ -286,7 +284,7 @@ class Context:
     def length(self, sequence: int) -> int:
         """Return how many rows a sequence holds in the native cache."""
         _ = self.pointer
-        return int(self._last_row(self._memory, sequence)) + 1
+        return int(self._lib.llama_memory_seq_pos_max(self._memory, sequence)) + 1
 
     def close(self) -> None:
         """Free the cache and buffers; idempotent."""
