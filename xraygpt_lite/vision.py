@@ -178,6 +178,8 @@ def open_graph(path: Path, plan: DevicePlan) -> Any:
     options.intra_op_num_threads = plan.encoder_threads or plan.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    # Plans of memory are made for each batch size and kept: a run over many files would grow by them for a while.
+    options.enable_mem_pattern = False
     for key, value in SETTINGS.items():
         options.add_session_config_entry(key, value)
     try:
