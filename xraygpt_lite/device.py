@@ -76,7 +76,7 @@ def slow_weights(kind: str) -> str | None:
 
 
 def best_weights() -> str:
-    """The type for a large language model: the fastest on `CPU_CLASS`, the nearest of four bits on any other CPU."""
+    """The type for a large language model: the fastest on `CPU_CLASS`; what is usual for four bits on any other CPU."""
     return _fastest() if known_cpu() else "q4_k_m"
 
 

@@ -21,7 +21,7 @@ from xraygpt_lite.llm import native, selftest
 from xraygpt_lite.values import Check
 
 LARGE = 10**9
-"""Bytes of a bundle's largest file from which on the speeds of a 7B model say something about it."""
+"""Bytes of a language model from which on the speeds of a 7B model say something about it."""
 _PACKAGES = ("numpy", "pillow", "pydicom", "click", "platformdirs")
 
 
@@ -142,7 +142,8 @@ def _weight_types() -> str:
     found = []
     for item in store.installed():
         manifest = store.inspect(item.path)[0]
-        kind, size = manifest.weight_types["llm"], max(entry.size for entry in manifest.files)
+        kind = manifest.weight_types["llm"]
+        size = next(entry.size for entry in manifest.files if entry.name == "llm.gguf")
         if size >= LARGE and (slow := device.slow_weights(kind)):
             found.append(f"{item.name} ({kind}) is {slow}")
     return "; ".join(found) or f"no bundle has a slow one for {device.CPU_CLASS}"

@@ -354,7 +354,7 @@ class _Child:
                 self._task = None
 
     def _watch(self, step: float) -> None:
-        """Look at what it is at every `step` seconds, and take these from what is left for it.
+        """Look at what it is at every `step` seconds, and take these from what is left for it: never early, two late.
 
         Of a clock that runs on while this program is stopped (Ctrl-Z, a frozen container), one step may pass.
         """
