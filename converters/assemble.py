@@ -45,8 +45,8 @@ class Request:
     output
         The bundle's folder, which does not exist yet.
     quant
-        Weight type of the language model, one of `weights.QUANTS`; None keeps a GGUF as it is and is f16 for a
-        folder, "auto" is `device.best_weights` from a billion weights on and q8_0 below.
+        Weight type of the language model, one of `weights.QUANTS`: "auto" is `device.best_weights` from a billion
+        weights on and q8_0 below. None keeps a GGUF as it is, and is "auto" for a folder.
     vision_type
         Weight type of the encoder, one of `precision.VISION_TYPES`.
     settings
@@ -178,7 +178,7 @@ def template(family: str) -> dict[str, Any]:
 
 
 def _check_request(request: Request) -> None:
-    for option, value, known in (("--quant", request.quant or "f16", weights.QUANTS),
+    for option, value, known in (("--quant", request.quant or weights.AUTO, weights.QUANTS),
                                  ("--vision-type", request.vision_type, precision.VISION_TYPES)):  # fmt: skip
         if value not in known:
             raise UsageError(f"{option} {value} is unknown; it is one of {', '.join(known)}")

@@ -71,20 +71,25 @@ class GgufFile:
         self.bos, self.eos = (_token(path, facts, name) for name in ("bos", "eos"))
         self.own_type = _own_type(self._tensors, facts.get("general.file_type"))
 
-    def weight_type(self, asked: str | None) -> str:
-        """What is written when `asked` is asked for; None keeps the file as it is.
+    @property
+    def default_type(self) -> str:
+        """What is asked for where nobody says: the file as it is."""
+        return self.own_type
+
+    def weight_type(self, asked: str) -> str:
+        """What is written when `asked` is asked for.
 
         Raises
         ------
         ConversionError
             The weights are quantized already, in another type.
         """
-        if asked not in (None, self.own_type) and self.own_type.upper() not in FLOATS:
+        if asked != self.own_type and self.own_type.upper() not in FLOATS:
             raise ConversionError(
                 f"--llm {self.path} is quantized already ({self.own_type}) and cannot become {asked} without loss; "
                 "give the f16 or f32 file, or leave --quant out to keep this one as it is"
             )
-        return asked or self.own_type
+        return asked
 
     def merge(self, lora: Lora) -> None:
         """Refuse: see Raises.

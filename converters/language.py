@@ -47,8 +47,12 @@ class LanguageModel(Protocol):
     def files(self) -> tuple[tuple[str, Path], ...]:
         """(role, path) of every file that was read."""
 
-    def weight_type(self, asked: str | None) -> str:
-        """What is written when `asked` is asked for; None leaves the choice to the model."""
+    @property
+    def default_type(self) -> str:
+        """What is asked for where nobody says: one of `weights.QUANTS`, or the type of a finished file."""
+
+    def weight_type(self, asked: str) -> str:
+        """What is written when `asked` is asked for."""
 
     def merge(self, lora: Lora) -> None:
         """From here on, what is written has this LoRA merged into it."""

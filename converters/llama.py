@@ -110,9 +110,14 @@ class LlamaFolder:
         """The type that a quantizer starts from: float16 where the matrices are stored in 16 bits."""
         return "f16" if self._weights.half else "f32"
 
-    def weight_type(self, asked: str | None) -> str:
-        """What is written when `asked` is asked for; None leaves the choice to the model."""
-        return asked or "f16"
+    @property
+    def default_type(self) -> str:
+        """What is asked for where nobody says."""
+        return "auto"
+
+    def weight_type(self, asked: str) -> str:
+        """What is written when `asked` is asked for."""
+        return asked
 
     def merge(self, lora: Lora) -> None:
         """From here on, what is written has this LoRA merged into it.

@@ -55,10 +55,11 @@ class Room(NamedTuple):
 
 def llm_type(llm: LanguageModel, asked: str | None) -> str:
     """The language model's weight type in the bundle; "auto" and None are decided. Raises as `LanguageModel`."""
+    asked = asked or llm.default_type
     if asked != AUTO:
         return llm.weight_type(asked)
     if llm.own_type not in ("f32", "f16"):
-        return llm.weight_type(None)
+        return llm.own_type
     large = _source_bytes(llm) * 8 / BITS[llm.own_type] >= LARGE
     return llm.weight_type(device.best_weights() if large else "q8_0")
 

@@ -68,12 +68,12 @@ def test_an_existing_gguf_is_kept_byte_for_byte_or_made_smaller(oracle: Path, tm
     quantize(tmp_path / "stored.gguf", tmp_path / "straight.gguf", "q8_0")
     existing = language.read({"llm": tmp_path / "f16.gguf"})
     assert (existing.width, existing.bos, existing.eos) == (folder.width, folder.bos, folder.eos)
-    assert (existing.weight_type(None), existing.weight_type("q8_0")) == ("f16", "q8_0")
+    assert (existing.default_type, existing.weight_type("q8_0")) == ("f16", "q8_0")
     existing.write(tmp_path / "kept.gguf", "f16", "other")
     assert (tmp_path / "kept.gguf").read_bytes() == (tmp_path / "f16.gguf").read_bytes()
     existing.write(tmp_path / "smaller.gguf", "q8_0", "other")
     smaller = language.read({"llm": tmp_path / "smaller.gguf"})
-    assert smaller.weight_type(None) == "q8_0"
+    assert smaller.default_type == "q8_0"
     smaller.write(tmp_path / "again.gguf", "q8_0", "other")
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "smaller.gguf").read_bytes()
 

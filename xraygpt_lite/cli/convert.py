@@ -121,7 +121,7 @@ def _add(family: str, texts: Family) -> None:
     @_llm_options
     @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle's new folder.")
     @click.option(
-        "--quant", type=click.Choice(QUANTS), show_default="f16; a GGUF keeps its own",
+        "--quant", type=click.Choice(QUANTS), show_default="auto; a GGUF keeps its own",
         help="The LLM's weight type; auto is q4_k_m from a billion weights on, or what is known to be faster on this "
         "CPU (see `doctor`), and q8_0 below.",
     )  # fmt: skip

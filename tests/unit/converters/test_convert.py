@@ -288,15 +288,15 @@ def test_a_smaller_encoder_is_measured_and_noted(request_: Request, made: Path, 
     assert manifest.warnings == ()
 
 
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(("quant", "known"), [("auto", False), (None, True)])
 def test_a_large_language_model_gets_what_is_fast_here(
-    request_: Request, monkeypatch: pytest.MonkeyPatch, known: bool
+    request_: Request, monkeypatch: pytest.MonkeyPatch, quant: str | None, known: bool
 ) -> None:
-    """Where its CPU's speeds are known; and four bits anywhere."""
+    """Where its CPU's speeds are known; and four bits anywhere. Of a folder, that is the default, too."""
     monkeypatch.setattr(weights, "LARGE", 0)
     monkeypatch.setattr(device, "cpu_features", lambda: ("avx512f", "amx_int8") if known else ("avx2",))
     monkeypatch.setattr(device, "SPEEDS", {"q4_k_m": (1.0, 0.7, 1.0), "q4_0": (1.0, 1.0, 0.9)})
-    kept = convert(replace(request_, quant="auto")).bundle.manifest.weight_types["llm"]
+    kept = convert(replace(request_, quant=quant)).bundle.manifest.weight_types["llm"]
     assert kept == ("q4_0" if known else "q4_k_m")
 
 

@@ -250,7 +250,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_gguf_is_quantized_once_and_takes_no_lora(whole: Path, tmp_path: Path) -> None:
     model = language.read({"llm": whole / "q8_0.gguf"})
-    assert (model.width, model.weight_type(None)) == (64, "q8_0")
+    assert (model.width, model.default_type) == (64, "q8_0")
     with pytest.raises(
         ConversionError, match=r"quantized already \(q8_0\) and cannot become q4_0 .* leave --quant out"
     ):
@@ -282,7 +282,7 @@ def test_values_of_a_gguf_that_are_not_finite_name_their_tensor(
     path.write_bytes(data)
     model = language.read({"llm": path})
     with pytest.raises(ConversionError, match=rf"tensor '{name}' of .*x\.gguf holds values that are not finite"):
-        model.write(tmp_path / "y.gguf", str(model.weight_type(None)), "x")
+        model.write(tmp_path / "y.gguf", model.default_type, "x")
     assert not (tmp_path / "y.gguf").exists()
 
 
