@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from xraygpt_lite.errors import UsageError
 from xraygpt_lite.values import OPTION_RANGES, GenerationOptions, Manifest, Sampling
+
+_OTHERWISE = ("preset", "stops")  # not just put in place of what is below
 
 
 def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
@@ -46,9 +48,11 @@ def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
 
 def undrawn(chosen: Sampling, manifest: Manifest) -> tuple[str, ...]:
     """What a record has to say where beam search took the place of a preset or bundle that samples; else nothing."""
+    if chosen.beams == 1:
+        return ()
     preset = manifest.presets.get(chosen.preset, GenerationOptions())
     temperature = _over(manifest.defaults, preset).temperature
-    if chosen.beams == 1 or temperature == 0:
+    if temperature == 0:
         return ()
     return (
         f"beam search here draws nothing: the temperature {temperature} of preset {chosen.preset!r} was not used, so a "
@@ -57,7 +61,5 @@ def undrawn(chosen: Sampling, manifest: Manifest) -> tuple[str, ...]:
 
 
 def _over(below: Sampling, above: GenerationOptions) -> Sampling:
-    values = {name: value for name, value in asdict(above).items() if value is not None}
-    values.pop("preset", None)
-    values.pop("stops", None)
+    values = {name: value for name, value in vars(above).items() if value is not None and name not in _OTHERWISE}
     return replace(below, **values)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from xraygpt_lite.values import Record
 
 _DIGITS = 6
+_AS_IT_IS = {str, int, bool, NoneType}
+_ENCODER = json.JSONEncoder(allow_nan=False)
 _T = TypeVar("_T")
 _Reader = Callable[[Any], Any]
 _NAMES = {
@@ -78,18 +80,30 @@ def line(value: Any) -> str:
     ValueError
         A float is not finite: JSON cannot say it.
     """
-    return json.dumps(plain(value), allow_nan=False) + "\n"
+    return line_of(plain(value))
+
+
+def line_of(value: Any) -> str:
+    """As `line`, for a value that is plain already."""
+    return _ENCODER.encode(value) + "\n"
 
 
 def plain(value: Any) -> Any:
     """Dataclasses → dicts, tuples → lists, floats rounded; the rest as it is."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if type(value) in _AS_IT_IS:
+        return value
+    if names := _field_names(type(value)):
+        return {name: plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return round(value, _DIGITS) if isinstance(value, float) else value
+
+
+@cache  # a batch writes a record every few milliseconds
+def _field_names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
 
 
 class _WrongError(Exception):

@@ -78,7 +78,7 @@ class Entry:
             raise ValueError("key and file are sha256 digests: 64 lower-case hex digits")
         written = records.to_json(self.record)
         about = {"schema": written.pop("schema"), "input": self.input, "key": self.key, "file": self.file}
-        return records.line({**about, **written}).encode("ascii")
+        return records.line_of({**about, **written}).encode("ascii")
 
 
 def read(path: Path) -> tuple[Header, Iterator[Entry]]:

@@ -27,12 +27,16 @@ from xraygpt_lite.errors import ClosedError, UsageError, XrayError
 from xraygpt_lite.imaging import worker
 from xraygpt_lite.values import Float32, ImageSpec, Placement, Radiograph
 
+if sys.platform == "linux":
+    import fcntl
+
 # -P: a file of the working folder must not pass for a module.
 PROGRAM = (sys.executable, "-P", "-m", "xraygpt_lite.imaging.worker")
 MOST = 8
 START_S = 120.0
 """Longest start of a process; a busy network folder that Python is imported from takes its time."""
 _CLOSED = "the pool of processes that read files was closed; make another."
+_PIPE_BYTES = 2**20  # an answer, whole: else both sides take turns in pieces of 64 KiB
 _PAUSE_S = 1.0
 _STEP_S = 1.0
 _END_S = 5.0
@@ -265,6 +269,9 @@ class _Child:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self._requests, self._answers = self.process.stdin, self.process.stdout
+        if sys.platform == "linux":
+            with suppress(OSError):  # this user's pipes are large enough in all
+                fcntl.fcntl(self._answers, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._spec = spec
         self._late = False
         self.cause = ""

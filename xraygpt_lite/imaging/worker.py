@@ -24,7 +24,6 @@ import struct
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
 from importlib import import_module
 from typing import IO, Any
 
@@ -110,7 +109,7 @@ def _decoded(path: str, spec: ImageSpec, loaded: Callable[[str | None], None]) -
         "sha256": radiograph.sha256,
         "warnings": radiograph.warnings,
         "sop_instance_uid": radiograph.sop_instance_uid,
-        "placement": asdict(pixels.placements[0]),
+        "placement": vars(pixels.placements[0]),
     }
     # As they are: one channel or 8 bits would be smaller, and cost the parent more to undo than the pipe costs.
     return header, pixels.data.data.cast("B")
