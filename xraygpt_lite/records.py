@@ -92,7 +92,7 @@ def plain(value: Any) -> Any:
     """Dataclasses → dicts, tuples → lists, floats rounded; the rest as it is."""
     if type(value) in _AS_IT_IS:
         return value
-    if names := _field_names(type(value)):
+    if names := _field_names(type(value)):  # type: ignore[arg-type]  # mypy does not see that a type is hashable
         return {name: plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}

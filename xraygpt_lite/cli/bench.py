@@ -75,7 +75,8 @@ def command(
 
     A process of its own imports, loads, warms up and answers about each image again and again, as a first question is
     answered: greedily, the process's earlier answers forgotten. Then the same rows go through a bare loop over
-    llama_decode, in turn with ours, and the memory's speed is measured. Figures are medians and spreads.
+    llama_decode, in turn with ours, and the memory's speed is measured. Figures are medians and spreads. A large model
+    takes minutes on a CPU; --tokens 40 --repeats 3 is shorter.
     """
     if more and first is None:
         raise UsageError(f"{more[0]!r} stands alone; images are named behind --images")

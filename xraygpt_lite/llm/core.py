@@ -38,7 +38,7 @@ class Core:
         self,
         gguf: Path,
         plan: DevicePlan,
-        cores: AbstractContextManager[object],
+        cores: AbstractContextManager[int],
         phrases: Sequence[str] | None,
         openings: Openings | None,
     ) -> None:
@@ -54,7 +54,6 @@ class Core:
         self.closed = False
         self._batch = Batch(self.context.batch)
         self._free = list(range(plan.sequences))
-        self._sequences = plan.sequences
         self.plan = plan
         self._holders: dict[int, int] = {}
         self._inbox: SimpleQueue[Request | Held | None] = SimpleQueue()
@@ -87,9 +86,9 @@ class Core:
                     self._holders[held.id] = me
                     return held
                 owners = list(self._holders.values())
-                if len(owners) == self._sequences and all(owner == me for owner in owners):
+                if len(owners) == self.plan.sequences and all(owner == me for owner in owners):
                     raise UsageError(
-                        f"all {self._sequences} sequences of the model are held by this thread, which would wait "
+                        f"all {self.plan.sequences} sequences of the model are held by this thread, which would wait "
                         "forever; close a chat first or load the model with more sequences"
                     )
                 self.lock.wait()
@@ -365,7 +364,8 @@ class Core:
 
     def _decode(self, requests: list[Request]) -> bool:
         try:
-            with self._cores:
+            with self._cores as threads:
+                self.context.use(threads)
                 self.context.decode(self._batch)
         except NativeError as error:
             for request in requests:

@@ -33,6 +33,7 @@ _FLASH_ATTENTION_OFF = 0
 # decoded together. This one is as large and as near to float32: those sums are then not rounded to float16.
 _BFLOAT16_TYPE = 30
 _BYTES = ctypes.POINTER(ctypes.c_uint8)
+_KNOWN_TEXTS = 64  # a template's and the questions that are asked of every radiograph: not tokenized again
 _DAMAGED = "the language model's logits are not finite: its weights or the image rows are damaged"
 UInt8 = npt.NDArray[np.uint8]
 
@@ -83,6 +84,7 @@ class Model:
         self.bos = int(self._lib.llama_vocab_bos(self._vocabulary))
         self.eos = int(self._lib.llama_vocab_eos(self._vocabulary))
         self._pieces: dict[int, bytes] = {}
+        self._tokenized: dict[tuple[str, bool], Int32] = {}
 
     def _parameters(self, gpu_layers: int, vocabulary_only: bool) -> Any:
         # Switched off in the vocabulary, so that llama.cpp never adds a space and `tokenize` alone decides.
@@ -116,16 +118,21 @@ class Model:
         """
         if not text:
             return np.zeros(0, np.int32)
+        _ = self.pointer
+        known = self._tokenized.get((text, leading_space))
+        if known is not None:
+            return known.copy()
         try:
             data = (" " + text if leading_space else text).encode("utf-8")
         except UnicodeEncodeError as error:
             raise UsageError("the text holds half a character (a lone surrogate), which has no UTF-8 form") from error
-        _ = self.pointer
         ids = np.empty(len(data) + 1, np.int32)
         target = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         count = self._lib.llama_tokenize(self._vocabulary, data, len(data), target, ids.size, False, False)
         if count < 0:
             raise NativeError(f"llama.cpp could not tokenize {len(data)} bytes (returned {count})")
+        if len(self._tokenized) < _KNOWN_TEXTS:
+            self._tokenized[text, leading_space] = ids[:count]
         return ids[:count].copy()
 
     def piece(self, token: int) -> bytes:
@@ -191,6 +198,7 @@ class Context:
         model._contexts += 1
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._row_type = ctypes.c_float * model.vocab
+        self._threads = plan.threads
         self._outputs = np.zeros(0, np.bool_)
         self._likeliest: dict[int, int] = {}
 
@@ -200,6 +208,12 @@ class Context:
         if not self._pointer:
             raise ClosedError("the language model's context was closed; load it again")
         return self._pointer
+
+    def use(self, threads: int) -> None:
+        """Decode with so many threads from now on."""
+        if threads != self._threads:
+            self._threads = threads
+            self._lib.llama_set_n_threads(self.pointer, threads, threads)
 
     def decode(self, batch: Batch) -> None:
         """Run the model over a batch: its rows enter the cache.
