@@ -66,11 +66,11 @@ def _code(path: Path) -> list[str]:
     return _sharded(path, lambda folder: torch.save({"x": Payload(path / "ran")}, folder / shard))
 
 
-def _values(value: float) -> Callable[[Path], list[str]]:
+def _values(value: float, *more: str) -> Callable[[Path], list[str]]:
     def make(path: Path) -> list[str]:
         state = files.weights()
         state["model.layers.1.mlp.up_proj.weight"][5, 5] = value
-        return ["--llm", str(files.folder(path / "llm", state, shards=2))]
+        return ["--llm", str(files.folder(path / "llm", state, shards=2)), *more]
 
     return make
 
@@ -110,7 +110,8 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = {
     "code": (_code, ("pytorch_model-00001-of-00002.bin", "not loaded")),
     "nan": (_values(float("nan")), ("pytorch_model-0000", "'model.layers.1.mlp.up_proj.weight'", "not finite")),
     "infinity": (_values(float("inf")), ("pytorch_model-0000", "'model.layers.1.mlp.up_proj.weight'", "not finite")),
-    "beyond float16": (_values(1e6), ("'model.layers.1.mlp.up_proj.weight'", "beyond float16")),
+    "beyond float16": (_values(1e6, "--quant", "f16"), ("'model.layers.1.mlp.up_proj.weight'", "beyond float16")),
+    "beyond q8_0": (_values(1e9), ("llama.cpp could not quantize llm.gguf to q8_0",)),
     "vocabulary": (_vocabulary, ("tokenizer.model has 384 pieces", "only 300 rows")),
     "another base": (_delta, ("'model.layers.", "in {path}/base and", "the delta was made for another base")),
     "garbage": (_garbage, ("llm.gguf is not a readable GGUF file",)),
