@@ -92,18 +92,13 @@ def plain(value: Any) -> Any:
     """Dataclasses → dicts, tuples → lists, floats rounded; the rest as it is."""
     if type(value) in _AS_IT_IS:
         return value
-    if names := _field_names(type(value)):  # type: ignore[arg-type]  # mypy does not see that a type is hashable
-        return {name: plain(getattr(value, name)) for name in names}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: plain(item) for name, item in vars(value).items()}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return round(value, _DIGITS) if isinstance(value, float) else value
-
-
-@cache  # a batch writes a record every few milliseconds
-def _field_names(kind: type) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else ()
 
 
 class _WrongError(Exception):
