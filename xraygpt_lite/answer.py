@@ -41,11 +41,11 @@ class AnswerReader:
         if self.stopped:
             return ""
         data = self._held + piece
-        starts = [at for at in (data.find(stop) for stop in self._stops) if at >= 0]
-        if starts:
+        found = [stop for stop in self._stops if stop in data]
+        if found:
             self.stopped = True
             self._held = b""
-            return self._release(data[: min(starts)])
+            return self._release(data[: min(map(data.find, found))])
         keep = 0
         if data.endswith(self._beginnings):  # seldom
             keep = max(_overlap(data, stop) for stop in self._stops)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ..errors import BundleError, ClosedError, DeviceError, NativeError, UsageError
 from ..values import DevicePlan, Float32, Int32
-from .library import build_id, gpu_memory, library, log, set_fields, supports_gpu, system_info
+from .library import brief, build_id, gpu_memory, library, log, set_fields, supports_gpu, system_info
 
 __all__ = ["Batch", "Context", "Model", "build_id", "gpu_memory", "set_fields", "supports_gpu", "system_info"]
 
@@ -197,6 +197,11 @@ class Context:
             )
         model._contexts += 1
         self._memory = self._lib.llama_get_memory(self._pointer)
+        self._remove, self._copy = brief(self._lib.llama_memory_seq_rm), brief(self._lib.llama_memory_seq_cp)
+        self._last = brief(self._lib.llama_memory_seq_pos_max)
+        self._set_threads = brief(self._lib.llama_set_n_threads)
+        # With a GPU it waits for the result.
+        self._results = self._lib.llama_get_logits if plan.gpu_layers else brief(self._lib.llama_get_logits)
         self._row_type = ctypes.c_float * model.vocab
         self._threads = plan.threads
         self._outputs = np.zeros(0, np.bool_)
@@ -213,7 +218,7 @@ class Context:
         """Decode with so many threads from now on."""
         if threads != self._threads:
             self._threads = threads
-            self._lib.llama_set_n_threads(self.pointer, threads, threads)
+            self._set_threads(self.pointer, threads, threads)
 
     def decode(self, batch: Batch) -> None:
         """Run the model over a batch: its rows enter the cache.
@@ -240,7 +245,7 @@ class Context:
         """Return the arg-max of one row's logits, the first of equal ones."""
         if not self._likeliest:  # of all rows at once: asked one by one, they would take longer than small models do
             rows = [index for index, output in enumerate(self._outputs.tolist()) if output]
-            found = self._lib.llama_get_logits(self.pointer)
+            found = self._results(self.pointer)
             if not found or not rows:
                 raise NativeError(f"row {row} of the last batch has no logits")
             memory: Any = (self._row_type * len(rows)).from_address(ctypes.addressof(found.contents))
@@ -266,12 +271,12 @@ class Context:
 
     def cut(self, sequence: int, rows: int) -> None:
         """Drop a sequence's rows from position `rows` on."""
-        if not self._lib.llama_memory_seq_rm(self._memory, sequence, rows, -1):
+        if not self._remove(self._memory, sequence, rows, -1):
             raise NativeError(f"llama.cpp could not cut sequence {sequence} to {rows} rows")
 
     def copy(self, source: int, target: int) -> None:
         """Make a sequence hold what another one holds; the next `decode` moves the bytes, a whole stream's."""
-        self._lib.llama_memory_seq_cp(self._memory, source, target, -1, -1)
+        self._copy(self._memory, source, target, -1, -1)
 
     def save(self, sequence: int) -> UInt8:
         """Return what a sequence holds, at least one row, for `restore` on any context of this model and precision."""
@@ -298,7 +303,7 @@ class Context:
     def length(self, sequence: int) -> int:
         """Return how many rows a sequence holds in the native cache."""
         _ = self.pointer
-        return int(self._lib.llama_memory_seq_pos_max(self._memory, sequence)) + 1
+        return int(self._last(self._memory, sequence)) + 1
 
     def close(self) -> None:
         """Free the cache and buffers; idempotent."""
