@@ -265,7 +265,7 @@ def parallel(
     if half == threads or gain > WORTH or encoder_seconds < SMALL * answer_seconds:
         return chosen, threads, (reason,)
     share = (
-        f"{half} of {threads} threads for the language model while the encoder works with the others: all "
+        f"{half} of {threads} threads for the language model, the others for the encoder at the same time: all "
         f"{threads} would make a step {gain:.1f} times as fast"
     )
     return chosen, half, (reason, share)

@@ -30,7 +30,7 @@ from xraygpt_lite.llm import native, selftest
 from xraygpt_lite.llm.openings import Openings
 from xraygpt_lite.llm.scheduler import Engine
 from xraygpt_lite.options import resolve
-from xraygpt_lite.turns import Turns, sharing
+from xraygpt_lite.turns import Turns
 from xraygpt_lite.values import (
     Bundle,
     DevicePlan,
@@ -186,7 +186,7 @@ class XrayModel(Closing):
         self.bundle, self.plan = bundle, plan
         self._encoder = vision.Encoder(bundle, plan)
         on_cpu = plan.gpu_layers == 0 and plan.providers[0] == devices.CPU
-        self._turns = sharing(plan.threads, plan.encoder_threads) if on_cpu else None
+        self._turns = Turns() if on_cpu and not plan.encoder_threads else None
         # Elsewhere rows decoded together are not bit for bit what each is alone.
         exact = on_cpu and not plan.float32_cache and bundle.manifest.weight_types["llm"] in EXACT
         self._engine = Engine(
@@ -322,13 +322,13 @@ class XrayModel(Closing):
         return not self._closed and self._engine.usable
 
     def encoder_first(self) -> AbstractContextManager[None]:
-        """For several `encode`s: the language model begins no step, or has its own threads only; see `turns`."""
+        """While this is held the language model begins no step, where the two take turns; for several `encode`s."""
         return self._turns.first() if self._turns else nullcontext()
 
     @property
     def takes_turns(self) -> bool:
         """Whether encoder and language model share their threads, and so never work at the same time."""
-        return isinstance(self._turns, Turns)
+        return self._turns is not None
 
     @property
     def encoder_batch(self) -> int:

@@ -1,17 +1,17 @@
-"""Encoder and language model take turns, the encoder first; or each has threads of its own."""
+"""Encoder and language model take turns, the encoder first."""
 
 from __future__ import annotations
 
 import threading
 import time
 
-from xraygpt_lite.turns import Sides, Turns
+from xraygpt_lite.turns import Turns
 
 _WAIT = 10
 
 
 def test_the_encoder_comes_before_the_next_call_that_waits() -> None:
-    turns, order, inside = Turns(1), list[str](), threading.Event()
+    turns, order, inside = Turns(), list[str](), threading.Event()
     go_on = threading.Event()
 
     def language_model() -> None:
@@ -40,7 +40,7 @@ def test_the_encoder_comes_before_the_next_call_that_waits() -> None:
 
 
 def test_several_images_are_one_turn() -> None:
-    turns, order = Turns(1), list[str]()
+    turns, order = Turns(), list[str]()
 
     def language_model() -> None:
         with turns:
@@ -58,7 +58,7 @@ def test_several_images_are_one_turn() -> None:
 
 
 def test_an_error_ends_the_turn() -> None:
-    turns = Turns(1)
+    turns = Turns()
     for turn in (turns, turns.first()):
         try:
             with turn:
@@ -73,20 +73,3 @@ def test_an_error_ends_the_turn() -> None:
 
     threading.Thread(target=other).start()
     assert done.wait(_WAIT)
-
-
-def test_an_idle_encoder_lends_its_threads() -> None:
-    sides, seen = Sides(1, 2), list[int]()
-
-    def call() -> None:
-        with sides as threads:
-            seen.append(threads)
-
-    call()
-    with sides.first():
-        call()
-        with sides.first():
-            call()
-        call()
-    call()
-    assert seen == [3, 1, 1, 1, 3]

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 
 from xraygpt_lite.batch import durable
+from xraygpt_lite.batch.index import Index
 from xraygpt_lite.batch.keys import Keys, new_salt, read_salt, write_salt
 from xraygpt_lite.batch.lines import Entry, Header, differences, entries, is_journal, read, read_header
 from xraygpt_lite.batch.running import Running
@@ -89,8 +90,7 @@ class Journal:
             stack.enter_context(durable.locked(self._path, self._shown))
             for suffix in ("", ".salt", ".running"):
                 durable.remove_leftover(durable.beside(self._path, suffix))
-            self._keys: set[bytes] = set()
-            self._done: set[bytes] = set()
+            self._keys, self._done = Index(), Index()
             self.records = self.failures = 0
             self._open()
             self._running = Running(self._path)
@@ -282,5 +282,5 @@ class Journal:
 
 
 def _about(file: str, question: str) -> bytes:
-    """A file and a question in 16 bytes."""
-    return hashlib.sha256(bytes.fromhex(file) + question.encode("utf-8", "surrogatepass")).digest()[:16]
+    """The digest of a file and a question."""
+    return hashlib.sha256(bytes.fromhex(file) + question.encode("utf-8", "surrogatepass")).digest()

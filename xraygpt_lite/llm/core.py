@@ -38,7 +38,7 @@ class Core:
         self,
         gguf: Path,
         plan: DevicePlan,
-        cores: AbstractContextManager[int],
+        cores: AbstractContextManager[object],
         phrases: Sequence[str] | None,
         openings: Openings | None,
     ) -> None:
@@ -364,8 +364,7 @@ class Core:
 
     def _decode(self, requests: list[Request]) -> bool:
         try:
-            with self._cores as threads:
-                self.context.use(threads)
+            with self._cores:
                 self.context.decode(self._batch)
         except NativeError as error:
             for request in requests:

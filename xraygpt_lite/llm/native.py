@@ -199,11 +199,9 @@ class Context:
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._remove, self._copy = brief(self._lib.llama_memory_seq_rm), brief(self._lib.llama_memory_seq_cp)
         self._last = brief(self._lib.llama_memory_seq_pos_max)
-        self._set_threads = brief(self._lib.llama_set_n_threads)
         # With a GPU it waits for the result.
         self._results = self._lib.llama_get_logits if plan.gpu_layers else brief(self._lib.llama_get_logits)
         self._row_type = ctypes.c_float * model.vocab
-        self._threads = plan.threads
         self._outputs = np.zeros(0, np.bool_)
         self._likeliest: dict[int, int] = {}
 
@@ -213,12 +211,6 @@ class Context:
         if not self._pointer:
             raise ClosedError("the language model's context was closed; load it again")
         return self._pointer
-
-    def use(self, threads: int) -> None:
-        """Decode with so many threads from now on."""
-        if threads != self._threads:
-            self._threads = threads
-            self._set_threads(self.pointer, threads, threads)
 
     def decode(self, batch: Batch) -> None:
         """Run the model over a batch: its rows enter the cache.

@@ -42,8 +42,8 @@ class Engine(Closing):
     plan
         Threads, context, batch, sequences, layers on a GPU, precision of the cache.
     cores
-        Held during each decode call, with as many threads as it gives, e.g. a lock that another library's calls hold,
-        too: the threads of two of them, each made for all cores, slow each other down more than taking turns does.
+        Held during each decode call, e.g. a lock that another library's calls hold, too: the threads of two of them,
+        each made for all cores, slow each other down more than taking turns does.
     phrases
         Texts that answers begin with or hold: greedy answers are then sped up by guessing (`speculation`). None does
         not guess.
@@ -69,12 +69,12 @@ class Engine(Closing):
         self,
         gguf: Path,
         plan: DevicePlan,
-        cores: AbstractContextManager[int] | None = None,
+        cores: AbstractContextManager[object] | None = None,
         *,
         phrases: Sequence[str] | None = None,
         openings: Openings | None = None,
     ) -> None:
-        self._core = Core(gguf, plan, cores or nullcontext(plan.threads), phrases, openings)
+        self._core = Core(gguf, plan, cores or nullcontext(), phrases, openings)
         model = self._core.model
         self.width, self.vocab, self.bos, self.eos = model.width, model.vocab, model.bos, model.eos
         self.context = self._core.cells

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -109,22 +108,6 @@ def test_together_equals_alone(
     random.Random(sequences).shuffle(inputs)
     together = answered(opened(bundles[kind], sequences), Ask(QUESTIONS, options=OPTIONS), inputs)
     assert {name: [said(record) for record in records] for name, records in together.items()} == alone[kind]
-
-
-def test_an_idle_encoder_s_threads_change_no_answer(
-    bundles: dict[str, Bundle], alone: dict[str, dict[str, list[object]]], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inputs = find([folder], exclude=["none*"])
-    plan = models.plan(bundles["q8_0"], threads=2, context=256, sequences=2, llm_threads=1)
-    model, used = XrayModel(bundles["q8_0"], plan), list[int]()
-    context = model._engine._core.context
-    use, encode = context.use, model._encoder.encode
-    monkeypatch.setattr(model._encoder, "batch", 1)
-    monkeypatch.setattr(model._encoder, "encode", lambda pixels: (time.sleep(0.02), encode(pixels))[1])
-    monkeypatch.setattr(context, "use", lambda threads: (used.append(threads), use(threads)))
-    together = answered(model, Ask(QUESTIONS, options=OPTIONS), inputs)
-    assert {name: [said(record) for record in records] for name, records in together.items()} == alone["q8_0"]
-    assert set(used) == {1, 2}
 
 
 def test_drawn_answers_do_not_depend_on_order(bundles: dict[str, Bundle], folder: Path) -> None:
