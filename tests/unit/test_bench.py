@@ -203,6 +203,7 @@ class TestMachine:
                 b"\0GCC: (Debian 12) 12.2.0\0Debian clang version 19.1.7 (3+b1)\0\1",
                 "Debian clang version 19.1.7 (3+b1)",
             ),
+            (b"\0libm.so.6\0libomp.so.5\0", "clang (no version is noted)"),
             (b"stripped", "unknown"),
             (b"", "unknown"),
         ],

@@ -22,6 +22,7 @@ from xraygpt_lite.values import Float32
 _LEAST_BYTES = 1 << 29
 _TIMES_CACHE = 4
 _PASSES = 3
+_LLVM_OPENMP = b"\0libomp.so"
 _CLANG = re.compile(rb"[\w .+~-]{0,60}clang version [^\0\n]{1,80}")
 _GCC = re.compile(rb"GCC: \([^)\0]{1,80}\) [\w.-]{1,40}")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -45,7 +46,8 @@ def facts() -> dict[str, Any]:
 def compiler(libraries: Iterable[Path]) -> str:
     """What compiled llama.cpp's kernels for the CPU, as it noted in the library; "unknown" where it did not.
 
-    A library of clang's also holds GCC's note, from the files that every program begins with.
+    A library of clang's also holds GCC's note, from the files that every program begins with; where LLVM's tools took
+    all notes out of it, LLVM's OpenMP library, which it asks for, still tells it.
     """
     for path in libraries:
         if not path.name.startswith(("libggml-cpu", "ggml-cpu")):
@@ -54,6 +56,8 @@ def compiler(libraries: Iterable[Path]) -> str:
             content = path.read_bytes()
             if found := _CLANG.search(content) or _GCC.search(content):
                 return found[0].decode("ascii", "replace").strip()
+            if _LLVM_OPENMP in content:
+                return "clang (no version is noted)"
     return "unknown"
 
 
