@@ -118,7 +118,7 @@ def brief(function: Any) -> Any:
 
     For what takes microseconds: to get the lock back from other threads took 90 of them in a batch. Not for what waits.
     """
-    address = ctypes.cast(function, ctypes.c_void_p).value
+    address: Any = ctypes.cast(function, ctypes.c_void_p).value
     return ctypes.PYFUNCTYPE(function.restype, *function.argtypes)(address)
 
 
