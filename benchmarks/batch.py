@@ -36,8 +36,9 @@ from xraygpt_lite.batch.runner import Run
 from xraygpt_lite.imaging.read import read
 from xraygpt_lite.imaging.transform import transform
 from xraygpt_lite.llm.native import Batch, Context, Model
+from xraygpt_lite.llm.sequence import joined
 from xraygpt_lite.model import XrayModel
-from xraygpt_lite.values import Bundle, GenerationOptions, Summary
+from xraygpt_lite.values import Bundle, EmbeddingSegment, GenerationOptions, Summary
 from xraygpt_lite.vision import Encoder
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "nih-chestxray14" / "nih128.zip"
@@ -134,7 +135,7 @@ def fill(context: Context, batch: Batch, rows: int) -> None:
 def bare(bundle: Bundle, inputs: Sequence[Input], said: Sequence[Summary], sequences: int) -> dict[str, float]:
     """Seconds of the bare encoder and of the bare decode loop for the same work, by `KINDS`.
 
-    Prompts go in as the batch puts them: the opening is there, images and questions of all sequences in common calls.
+    Prompts go in as the batch puts them: the opening is there, the rest of those of all sequences in common calls.
     Each sequence then takes as many steps as its answer has tokens, and the next radiograph's prompt follows.
     """
     spec = bundle.manifest.image
@@ -150,30 +151,27 @@ def bare(bundle: Bundle, inputs: Sequence[Input], said: Sequence[Summary], seque
     model = Model(bundle.llm, plan.gpu_layers)
     rows = np.zeros((bundle.manifest.image_tokens, bundle.manifest.width), np.float32)
     _, wording = prompt.variant_of(bundle.manifest.prompt, None)
-    opening, image, question = map(len, prompt.build(wording, said[0].question, rows, model.tokenize))
-    context = Context(model, plan, opening + image + question + longest)
+    opening, asked = joined(prompt.build(wording, said[0].question, rows, model.tokenize), model.embed)
+    assert isinstance(asked, EmbeddingSegment)
+    begin, end = len(opening), len(opening) + len(asked)
+    context = Context(model, plan, end + longest)
     batch = Batch(context.batch)
-    fill(context, batch, opening)
+    fill(context, batch, begin)
     spent, left = {"encode": encoding, "prefill": 0.0, "steps": 0.0}, list(said)
     while left:
         group, left = left[:sequences], left[sequences:]
         ids = np.arange(len(group))
         for one in range(sequences):
-            context.cut(one, opening)
+            context.cut(one, begin)
         began = time.perf_counter()
-        each = max(1, context.batch // max(image, question))
-        for part in np.array_split(ids, -(-len(ids) // each)):
-            places = opening + np.tile(np.arange(image), len(part))
-            batch.put(np.tile(rows, (len(part), 1)), places, np.repeat(part, image), False)
-            context.decode(batch)
-            last = np.tile(np.arange(question) == question - 1, len(part))
-            places = opening + image + np.tile(np.arange(question), len(part))
-            batch.put(np.ones(len(places), np.int32), places, np.repeat(part, question), last)
+        for part in np.array_split(ids, -(-len(ids) // max(1, context.batch // len(asked)))):
+            places = np.tile(np.arange(begin, end), len(part))
+            batch.put(np.tile(asked.rows, (len(part), 1)), places, np.repeat(part, len(asked)), places == end - 1)
             context.decode(batch)
         filled = time.perf_counter()
         # Evenly long: as many calls as the tokens of the group fill, so that no place is ever empty.
         for step in range(round(sum(summary.answer_tokens for summary in group) / len(group))):
-            batch.put(np.ones(len(ids), np.int32), opening + image + question + step, ids, True)
+            batch.put(np.ones(len(ids), np.int32), end + step, ids, True)
             context.decode(batch)
             context.logits(0)
         spent["prefill"] += filled - began

@@ -1,11 +1,12 @@
 """What a weight type costs: decode and prefill of GGUF files with and without repacking, in one build or several.
 
     python -m benchmarks.weights [GGUF]... [--work DIR --quant T]... [--library DIR]... [--rows N] [--repeats N]
+                                 [--rounds N] [--no-plain]
 
 With --work, files are made by `benchmarks.shapes` where they are missing. Each file and way runs in a process of its
 own; its peak is that of one sequence. --library names a folder with another build of llama.cpp (libllama and ggml's
-libraries), measured beside the installed one. Without repacking means without all of llama.cpp's extra buffer types:
-on a CPU with AMX its tiles go with them. Weights are bare rows through `llama_decode`: no sampling, no image.
+libraries), measured right after the installed one, in every round. Without repacking means without all of llama.cpp's
+extra buffer types: with AMX its tiles go with them. Rows go through bare `llama_decode`: no sampling, no image.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +143,20 @@ def in_child(path: Path, repack: bool, build: Path | None, arguments: Sequence[s
     return found
 
 
+def _medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first one, each figure being the median of all."""
+    return {
+        name: statistics.median(each.get(name, first) for each in rounds) if isinstance(first, float) else first
+        for name, first in rounds[0].items()
+    }
+
+
 def _table(results: Sequence[dict[str, Any]]) -> str:
+    """Results of one file and way in one line."""
     lines = [f"| {' | '.join(COLUMNS.values())} |", "|" + "---|" * len(COLUMNS)]
-    for result in results:
+    ways = dict.fromkeys((result["file"], result["way"]) for result in results)
+    for way in ways:
+        result = _medians([one for one in results if (one["file"], one["way"]) == way])
         cells = [result.get(name, result.get("error", "") if name == "file_gb" else "") for name in COLUMNS]
         lines.append(f"| {' | '.join(f'{c:.3g}' if isinstance(c, float) else str(c) for c in cells)} |")
     return "\n".join(lines)
@@ -158,6 +171,8 @@ def main() -> None:
     parser.add_argument("--library", action="append", type=Path, default=[], help="folder with another build")
     parser.add_argument("--rows", type=int, default=96, help="of the prompt")
     parser.add_argument("--repeats", type=int, default=5, help="the median is given")
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each file and way, all in turn")
+    parser.add_argument("--no-plain", action="store_true", help="repacked weights only")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)
@@ -179,12 +194,11 @@ def main() -> None:
     if not files:
         parser.error("name GGUF files, or --work and --quant")
     results = []
-    for build in (None, *options.library):
-        for path in files:
-            for repack in (True, False):
-                way = ("repacked" if repack else "plain") + (f", {build}" if build else "")
-                print(f"{path}: {way} …", file=sys.stderr, flush=True)
-                results.append({"file": path.name, "way": way, **in_child(path, repack, build, arguments)})
+    ways = (True,) if options.no_plain else (True, False)
+    for _, path, repack, build in product(range(options.rounds), files, ways, (None, *options.library)):
+        way = ("repacked" if repack else "plain") + (f", {build}" if build else "")
+        print(f"{path}: {way} …", file=sys.stderr, flush=True)
+        results.append({"file": path.name, "way": way, **in_child(path, repack, build, arguments)})
     print(_table(results))
     print(json.dumps({"rows": options.rows, "threads": options.threads, "results": results}))
 

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import sys
 import threading
 from collections import deque
 from pathlib import Path
@@ -52,8 +53,7 @@ class Log:
 
     def mark(self) -> int:
         """Return the number of the last line, to be given to `since`."""
-        with self._lock:
-            return self._count
+        return self._count
 
     def since(self, mark: int, level: int = ERROR) -> list[str]:
         """Return the lines of exactly this level that came after `mark`."""
@@ -178,21 +178,42 @@ def gpu_memory() -> int | None:
 
 def devices() -> list[tuple[int, int]]:
     """Return kind (0 = CPU, 1 = GPU, as ggml numbers them) and free bytes of each device; empty where ggml is mute."""
-    names = {path.name.removeprefix("lib").split(".")[0]: path for path in library_files()}
     try:
-        registry, base = ctypes.CDLL(str(names["ggml"])), ctypes.CDLL(str(names["ggml-base"]))
-        registry.ggml_backend_dev_count.restype = ctypes.c_size_t
-        registry.ggml_backend_dev_get.argtypes = [ctypes.c_size_t]
-        registry.ggml_backend_dev_get.restype = ctypes.c_void_p
-        base.ggml_backend_dev_type.argtypes = [ctypes.c_void_p]
-        base.ggml_backend_dev_memory.argtypes = [ctypes.c_void_p, _SIZE, _SIZE]
-    except (KeyError, OSError, AttributeError):
+        count = ggml("ggml_backend_dev_count", ctypes.c_size_t)
+        device_at = ggml("ggml_backend_dev_get", ctypes.c_void_p, ctypes.c_size_t)
+        kind = ggml("ggml_backend_dev_type", ctypes.c_int, ctypes.c_void_p)
+        memory = ggml("ggml_backend_dev_memory", None, ctypes.c_void_p, _SIZE, _SIZE)
+    except NativeError:
         return []
-    library()  # loads the backends
     found = []
-    for number in range(registry.ggml_backend_dev_count()):
-        device = registry.ggml_backend_dev_get(number)
+    for number in range(count()):
+        device = device_at(number)
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        base.ggml_backend_dev_memory(device, ctypes.byref(free), ctypes.byref(total))
-        found.append((int(base.ggml_backend_dev_type(device)), free.value))
+        memory(device, ctypes.byref(free), ctypes.byref(total))
+        found.append((int(kind(device)), free.value))
+    return found
+
+
+def ggml(name: str, result: Any, *arguments: Any) -> Any:
+    """Return a function of ggml, of which llama-cpp-python offers none, with its types of result and arguments.
+
+    Raises
+    ------
+    NativeError
+        This build of llama.cpp has no such function.
+    """
+    for loaded in _loaded():
+        if hasattr(loaded, name):
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = result, arguments
+            return function
+    raise NativeError(f"llama.cpp's libraries have no function {name}; reinstall it with: {REINSTALL}")
+
+
+@functools.cache
+def _loaded() -> list[ctypes.CDLL]:
+    """llama.cpp's library, through which a system other than Windows sees those that it loaded itself."""
+    found = [library()._lib]
+    if sys.platform == "win32":
+        found += [ctypes.CDLL(str(path)) for path in library_files() if path.stem in ("ggml", "ggml-base")]
     return found

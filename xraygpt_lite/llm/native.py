@@ -1,4 +1,4 @@
-"""A GGUF model, a context and a batch: one class for each native object, each native call in one place.
+"""A GGUF model and a context: one class for each native object, each native call in one place. A batch is in `rows`.
 
 Every buffer that llama.cpp is given a pointer to is owned by the object that made the call. Close order: samplers,
 context, model. Knows nothing of requests, threads or text that stops.
@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import BundleError, ClosedError, DeviceError, NativeError, UsageError
+from ..errors import BundleError, ClosedError, DeviceError, NativeError, UsageError, XrayError
 from ..values import DevicePlan, Float32, Int32
+from .embedding import Embedding
 from .library import brief, build_id, gpu_memory, library, log, set_fields, supports_gpu, system_info
+from .rows import Batch
 
 __all__ = ["Batch", "Context", "Model", "build_id", "gpu_memory", "set_fields", "supports_gpu", "system_info"]
 
@@ -62,6 +63,7 @@ class Model:
         self._lib = library()
         self._pointer: Any = None
         self._contexts = 0
+        self._embedding: Embedding | None = None
         _check_header(path)
         if gpu_layers and not supports_gpu():
             raise DeviceError(
@@ -85,6 +87,12 @@ class Model:
         self.eos = int(self._lib.llama_vocab_eos(self._vocabulary))
         self._pieces: dict[int, bytes] = {}
         self._tokenized: dict[tuple[str, bool], Int32] = {}
+        if not vocabulary_only:
+            try:
+                self._embedding = Embedding(path, self.width)
+            except XrayError:
+                self.close()
+                raise
 
     def _parameters(self, gpu_layers: int, vocabulary_only: bool) -> Any:
         # Switched off in the vocabulary, so that llama.cpp never adds a space and `tokenize` alone decides.
@@ -135,6 +143,12 @@ class Model:
             self._tokenized[text, leading_space] = ids[:count]
         return ids[:count].copy()
 
+    def embed(self, ids: Int32) -> Float32:
+        """Return the rows (n, E) that stand for token ids (n,), which must lie inside the vocabulary."""
+        if self._embedding is None:
+            raise NativeError("a model that was loaded for its vocabulary alone has no embeddings")
+        return self._embedding.rows(ids)
+
     def piece(self, token: int) -> bytes:
         """Return the bytes that a token stands for; a control token stands for none, a byte token for part of one."""
         known = self._pieces.get(token)
@@ -157,6 +171,8 @@ class Model:
         """Free the weights; idempotent. Every context of this model must be closed before."""
         if self._contexts:
             raise NativeError("a model cannot be closed before its context")
+        if self._embedding is not None:
+            self._embedding.close()
         if self._pointer:
             self._lib.llama_model_free(self._pointer)
             self._pointer = None
@@ -236,16 +252,15 @@ class Context:
     def likeliest(self, row: int) -> int:
         """Return the arg-max of one row's logits, the first of equal ones."""
         if not self._likeliest:  # of all rows at once: asked one by one, they would take longer than small models do
-            rows = [index for index, output in enumerate(self._outputs.tolist()) if output]
+            rows = np.flatnonzero(self._outputs)
             found = self._results(self.pointer)
-            if not found or not rows:
+            if not found or not rows.size:
                 raise NativeError(f"row {row} of the last batch has no logits")
-            memory: Any = (self._row_type * len(rows)).from_address(ctypes.addressof(found.contents))
-            values = np.frombuffer(memory, np.float32).reshape(len(rows), -1)
-            self._likeliest = dict(zip(rows, values.argmax(1).tolist(), strict=True))
-            if not np.isfinite(values.max()):  # what is no number counts as the largest
-                for index, most in zip(rows, values.max(1), strict=True):
-                    self._likeliest[index] = self._likeliest[index] if np.isfinite(most) else -1
+            memory: Any = (self._row_type * rows.size).from_address(ctypes.addressof(found.contents))
+            values = np.frombuffer(memory, np.float32).reshape(rows.size, -1)
+            most = values.argmax(1)  # what is no number counts as the largest
+            most[~np.isfinite(values[np.arange(rows.size), most])] = -1
+            self._likeliest = dict(zip(rows.tolist(), most.tolist(), strict=True))
         token = self._likeliest.get(row)
         if token is None:
             raise NativeError(f"row {row} of the last batch has no logits")
@@ -307,75 +322,6 @@ class Context:
 
 def _streams(count: int) -> UInt8:
     return np.array([count], np.uint32).view(np.uint8)
-
-
-class Batch:
-    """Rows of one decode call, in numpy arrays that the native struct points into; nothing to free.
-
-    One row has a token id or an embedding (one kind in a batch), a position, one sequence id, and a mark whether its
-    logits are wanted.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._tokens = np.zeros(capacity, np.int32)
-        self._positions = np.zeros(capacity, np.int32)
-        self._counts = np.ones(capacity, np.int32)
-        self._sequences = np.zeros(capacity, np.int32)
-        self._outputs = np.zeros(capacity, np.int8)
-        base = self._sequences.ctypes.data
-        self._addresses = (base + 4 * np.arange(capacity)).astype(np.uintp)
-        self._rows: Float32 | None = None
-        self.struct = library().llama_batch()
-        kinds = dict(self.struct._fields_)
-        self._token_pointer = self._tokens.ctypes.data_as(kinds["token"])
-        self._row_kind = kinds["embd"]
-        set_fields(
-            self.struct,
-            pos=self._positions.ctypes.data_as(kinds["pos"]),
-            n_seq_id=self._counts.ctypes.data_as(kinds["n_seq_id"]),
-            seq_id=self._addresses.ctypes.data_as(kinds["seq_id"]),
-            logits=self._outputs.ctypes.data_as(kinds["logits"]),
-        )
-
-    @property
-    def rows(self) -> int:
-        """Number of rows in it."""
-        return int(self.struct.n_tokens)
-
-    @property
-    def outputs(self) -> npt.NDArray[np.bool_]:
-        """Which rows (n,) give logits."""
-        return self._outputs[: self.rows].astype(np.bool_)
-
-    def put(
-        self,
-        content: Int32 | Float32,
-        positions: npt.ArrayLike,
-        sequences: npt.ArrayLike,
-        outputs: Sequence[bool] | npt.NDArray[np.bool_] | bool,
-    ) -> None:
-        """Replace the content.
-
-        Parameters
-        ----------
-        content
-            int32 (n,) token ids, or float32 (n, E) embedding rows with the model's width.
-        positions, sequences, outputs
-            One value a row, or one for all.
-        """
-        count = len(content)
-        if count > len(self._tokens):
-            raise NativeError(f"{count} rows do not fit a batch of {len(self._tokens)}")
-        self._positions[:count] = positions
-        self._sequences[:count] = sequences
-        self._outputs[:count] = outputs
-        if content.ndim == 1:
-            self._tokens[:count] = content
-            self._rows = None
-            set_fields(self.struct, n_tokens=count, token=self._token_pointer, embd=None)
-        else:
-            self._rows = np.ascontiguousarray(content, np.float32)
-            set_fields(self.struct, n_tokens=count, token=None, embd=self._rows.ctypes.data_as(self._row_kind))
 
 
 def _check_header(path: Path) -> None:

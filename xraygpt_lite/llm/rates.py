@@ -20,7 +20,7 @@ from ..values import DevicePlan, Segment, TokenSegment
 from .library import library
 from .native import Batch, Context, Model
 from .scheduler import Engine
-from .sequence import chunks
+from .sequence import chunks, joined
 
 _TRIES = 5
 _ENOUGH_S = 1.0
@@ -111,7 +111,7 @@ class Bare(Closing):
         context, batch, decode = self._context, self._batch, library().llama_decode
         pointer = context.pointer
         context.cut(0, 0)
-        parts = list(chunks(segments, context.batch))
+        parts = list(chunks(joined(segments, context.model.embed), context.batch))
         began, rows, count = time.perf_counter(), 0, 0
         for part in parts:
             count = len(part.content)

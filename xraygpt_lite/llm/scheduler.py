@@ -27,7 +27,7 @@ from .openings import Openings
 from .requests import Answer, Cut, Generate, Generation, Request, Trace
 from .sampling import Sampler
 from .search import Search
-from .sequence import Held, check, check_fit, count
+from .sequence import Held, check, check_fit, count, joined
 
 __all__ = ["Engine", "Generation", "Reader", "Slot", "Stream"]
 
@@ -177,6 +177,7 @@ class Slot(Closing):
         if not count(segments):
             raise UsageError("there is nothing to answer: the prompt has no rows")
         model, rows = self._core.model, self._core.context.batch
+        segments = joined(segments, model.embed)
         request: Answer
         if sampling.beams > 1:
             request = Search(
@@ -211,7 +212,7 @@ class Slot(Closing):
         self._prepare([*segments, TokenSegment(given)], 0, beside=len(given))
         if not count(segments) and self._held.tail is None:
             raise UsageError("a trace without a prompt needs another trace before it")
-        return self._wait(Trace(self._held, segments, self._core.context.batch, given))
+        return self._wait(Trace(self._held, joined(segments, self._core.model.embed), self._core.context.batch, given))
 
     def truncate(self, rows: int) -> None:
         """Forget all but the first `rows` rows of the cache, e.g. to ask another question about the same image rows.

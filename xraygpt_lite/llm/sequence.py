@@ -5,7 +5,7 @@ Knows the records of `values` and numpy. Knows no native library.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,24 @@ def check_fit(held: int, new: int, answer: int, context: int) -> None:
             f"{held} rows so far + {new} of the prompt + up to {answer} of the answer = {held + new + answer} do not "
             f"fit the model's context of {context}; shorten the question, lower the maximum of tokens or start anew"
         )
+
+
+def joined(segments: Sequence[Segment], embed: Callable[[Int32], Float32]) -> list[Segment]:
+    """Put the tokens behind image rows as rows of embeddings, so that they share decode calls with these.
+
+    Those before the first image rows stay tokens: prompts that begin alike share them.
+
+    Parameters
+    ----------
+    embed
+        Token ids (n,) → the rows (n, E) that stand for them.
+    """
+    kinds = [isinstance(segment, EmbeddingSegment) and len(segment) > 0 for segment in segments]
+    if True not in kinds:
+        return list(segments)
+    first = kinds.index(True)
+    rows = [each.rows if isinstance(each, EmbeddingSegment) else embed(each.ids) for each in segments[first:]]
+    return [*segments[:first], EmbeddingSegment(np.concatenate(rows))]
 
 
 def chunks(segments: Sequence[Segment], size: int, *, last_only: bool = True) -> Iterator[Chunk]:

@@ -73,13 +73,13 @@ def test_an_opening_is_prefilled_once(engine: Engine, calls: list[int], segments
     prompts = [(3, 0, 0), (3, 1, 2), (3, 0, 0)]
     assert [answer(engine, segments(prompt), reader()) for prompt in prompts] == [alone(prompt) for prompt in prompts]
     assert calls.count(12) == 1
-    assert calls.count(9) == 3
+    assert [rows for rows in calls if rows > 1] == [12, 14, 16, 14]  # the image with the question behind it
 
 
 def test_prompts_of_one_form_share_their_calls(
     engine: Engine, calls: list[int], segments: Any, alone: Any, reader: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompts = [(4, image, 1) for image in range(3)]
+    prompts = [(4, image, 1) for image in range(2)]
     expected = [alone(prompt) for prompt in prompts]
     slots = [engine.open() for _ in prompts]
     held, hold = threading.Event(), threading.Event()
@@ -105,8 +105,7 @@ def test_prompts_of_one_form_share_their_calls(
         slot.close()
     assert [stream.result.ids for stream in streams] == expected
     assert calls.count(12) == 1  # the opening
-    assert calls.count(27) == 1  # three images
-    assert calls.count(18) == 1  # three questions
+    assert calls.count(30) == 1  # two images, each with its question
 
 
 def test_a_failed_call_keeps_no_opening(

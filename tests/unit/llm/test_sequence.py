@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xraygpt_lite.errors import ContextError, NativeError
-from xraygpt_lite.llm.sequence import check, check_fit, chunks, count
+from xraygpt_lite.llm.sequence import check, check_fit, chunks, count, joined
 from xraygpt_lite.values import EmbeddingSegment, Segment, TokenSegment
 
 
@@ -34,6 +34,21 @@ def test_chunks_keep_every_row_in_order(kinds: list[tuple[bool, int]], size: int
 
 def test_neighbouring_tokens_share_a_chunk() -> None:
     assert [len(c.content) for c in chunks([tokens(1), tokens(3), rows(2), tokens(5)], 4)] == [4, 2, 4, 1]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 5)), max_size=6))
+def test_tokens_behind_image_rows_become_rows(kinds: list[tuple[bool, int]]) -> None:
+    segments: list[Segment] = []
+    for is_tokens, n in kinds:
+        segments.append(tokens(n, count(segments)) if is_tokens else rows(n, count(segments)))
+    made = list(chunks(joined(segments, lambda ids: rows(len(ids), int(ids[0])).rows), 100))
+    flat = [int(v) for chunk in made for v in (chunk.content if chunk.content.ndim == 1 else chunk.content[:, 0])]
+    assert flat == list(range(count(segments)))
+    first = next((index for index, (is_tokens, _) in enumerate(kinds) if not is_tokens), len(kinds))
+    before, behind = count(segments[:first]), count(segments[first:])
+    assert [(chunk.content.ndim, len(chunk.content)) for chunk in made] == [(1, before)] * (before > 0) + [
+        (2, behind)
+    ] * (behind > 0)
 
 
 def test_overflow_gives_the_numbers() -> None:

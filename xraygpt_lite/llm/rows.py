@@ -1,0 +1,88 @@
+"""Rows on their way into the cache: the batch of one decode call.
+
+Knows the native struct. Knows no model and no context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import NativeError
+from ..values import Float32, Int32
+from .library import library, set_fields
+
+
+class Batch:
+    """Rows of one decode call, in numpy arrays that the native struct points into; nothing to free.
+
+    One row has a token id or an embedding (one kind in a batch), a position, one sequence id, and a mark whether its
+    logits are wanted.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._tokens = np.zeros(capacity, np.int32)
+        self._positions = np.zeros(capacity, np.int32)
+        self._counts = np.ones(capacity, np.int32)
+        self._sequences = np.zeros(capacity, np.int32)
+        self._outputs = np.zeros(capacity, np.int8)
+        base = self._sequences.ctypes.data
+        self._addresses = (base + 4 * np.arange(capacity)).astype(np.uintp)
+        self._rows: Float32 | None = None
+        self.struct = library().llama_batch()
+        kinds = dict(self.struct._fields_)
+        self._token_pointer = self._tokens.ctypes.data_as(kinds["token"])
+        self._row_kind = kinds["embd"]
+        set_fields(
+            self.struct,
+            n_tokens=0,
+            token=self._token_pointer,
+            embd=None,
+            pos=self._positions.ctypes.data_as(kinds["pos"]),
+            n_seq_id=self._counts.ctypes.data_as(kinds["n_seq_id"]),
+            seq_id=self._addresses.ctypes.data_as(kinds["seq_id"]),
+            logits=self._outputs.ctypes.data_as(kinds["logits"]),
+        )
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in it."""
+        return int(self.struct.n_tokens)
+
+    @property
+    def outputs(self) -> npt.NDArray[np.bool_]:
+        """Which rows (n,) give logits."""
+        return self._outputs[: self.rows].astype(np.bool_)
+
+    def put(
+        self,
+        content: Int32 | Float32,
+        positions: npt.ArrayLike,
+        sequences: npt.ArrayLike,
+        outputs: Sequence[bool] | npt.NDArray[np.bool_] | bool,
+    ) -> None:
+        """Replace the content.
+
+        Parameters
+        ----------
+        content
+            int32 (n,) token ids, or float32 (n, E) embedding rows with the model's width.
+        positions, sequences, outputs
+            One value a row, or one for all.
+        """
+        count = len(content)
+        if count > len(self._tokens):
+            raise NativeError(f"{count} rows do not fit a batch of {len(self._tokens)}")
+        self._positions[:count] = positions
+        self._sequences[:count] = sequences
+        self._outputs[:count] = outputs
+        if content.ndim == 1:
+            self._tokens[:count] = content
+            self._rows = None
+            self.struct.token, self.struct.embd = self._token_pointer, None
+        else:
+            self._rows = np.ascontiguousarray(content, np.float32)
+            self.struct.token, self.struct.embd = None, self._rows.ctypes.data_as(self._row_kind)
+        self.struct.n_tokens = count
