@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
+UInt8 = npt.NDArray[np.uint8]
 Fit = Literal["stretch", "pad"]
 Corners = tuple[float, float, float, float]
 """x0, y0, x1, y1 of a rectangle in pixels of the original image: edges, not centres of pixels; y downwards."""

@@ -15,13 +15,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from xraygpt_lite.batch.inputs import Input
 from xraygpt_lite.batch.workers import Decoded, Failed, Pool
 from xraygpt_lite.chat import ChatSession, Study
 from xraygpt_lite.closing import Closing
 from xraygpt_lite.errors import XrayError
+from xraygpt_lite.imaging.transform import normalize
 from xraygpt_lite.model import XrayModel
 from xraygpt_lite.prompt import Asked
 from xraygpt_lite.values import Failure, Finding, GenerationOptions, Pixels, Record
@@ -238,7 +237,8 @@ class Pipeline(Closing):
                 self._end(job)
         if not batch:
             return True
-        pixels = Pixels(np.stack([one.pixels for one in batch]), tuple(one.placement for one in batch))
+        squares = normalize([one.square for one in batch], self._model.bundle.manifest.image)
+        pixels = Pixels(squares, tuple(one.placement for one in batch))
         radiographs = [one.radiograph for one in batch]
         studies = self._model.encode(radiographs, pixels, [one.seconds for one in batch])
         for one, study in zip(batch, studies, strict=True):

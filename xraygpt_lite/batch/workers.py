@@ -25,7 +25,7 @@ from xraygpt_lite.batch.inputs import Input
 from xraygpt_lite.closing import Closing
 from xraygpt_lite.errors import ClosedError, UsageError, XrayError
 from xraygpt_lite.imaging import worker
-from xraygpt_lite.values import Float32, ImageSpec, Placement, Radiograph
+from xraygpt_lite.values import ImageSpec, Placement, Radiograph, UInt8
 
 if sys.platform == "linux":
     import fcntl
@@ -54,8 +54,8 @@ class Decoded:
     ----------
     radiograph
         What `read` says of the file; its pixels stayed in the other process, here they are (0, 0).
-    pixels
-        float32 (3, S, S), as `transform` makes them.
+    square
+        uint8 (S, S), as `transform.fit` makes it.
     placement
         Where the original lies in them.
     seconds
@@ -64,7 +64,7 @@ class Decoded:
 
     input: Input
     radiograph: Radiograph
-    pixels: Float32
+    square: UInt8
     placement: Placement
     seconds: float
 
@@ -303,7 +303,7 @@ class _Child:
                 header, payload = worker.receive(self._answers)
             if "error" in header:
                 return Failed(given, sha256, header["stage"], header["error"], header["message"])
-            pixels = np.frombuffer(payload, np.float32).reshape(3, self._spec.size, self._spec.size)
+            square = np.frombuffer(payload, np.uint8).reshape(self._spec.size, self._spec.size)
         except (EOFError, OSError, ValueError):
             if self._late:
                 self.end()
@@ -318,7 +318,7 @@ class _Child:
         radiograph = Radiograph(
             _NO_PIXELS, path, header["sha256"], tuple(header["warnings"]), header["sop_instance_uid"]
         )
-        return Decoded(given, radiograph, pixels, placement, time.perf_counter() - began)
+        return Decoded(given, radiograph, square, placement, time.perf_counter() - began)
 
     def ended(self) -> bool:
         return self._late or self.process.poll() is not None

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import BundleError, ClosedError, DeviceError, NativeError, UsageError, XrayError
-from ..values import DevicePlan, Float32, Int32
+from ..values import DevicePlan, Float32, Int32, UInt8
 from .embedding import Embedding
 from .library import brief, build_id, gpu_memory, library, log, set_fields, supports_gpu, system_info
 from .rows import Batch
@@ -36,7 +35,6 @@ _BFLOAT16_TYPE = 30
 _BYTES = ctypes.POINTER(ctypes.c_uint8)
 _KNOWN_TEXTS = 64  # a template's and the questions that are asked of every radiograph: not tokenized again
 _DAMAGED = "the language model's logits are not finite: its weights or the image rows are damaged"
-UInt8 = npt.NDArray[np.uint8]
 
 
 class Model:

@@ -12,9 +12,8 @@ from collections.abc import Callable
 import numpy as np
 
 from ..cache import Cache
-from ..values import DevicePlan
+from ..values import DevicePlan, UInt8
 from .library import build_id
-from .native import UInt8
 from .selftest import cpu_id
 
 _KIND = "openings"

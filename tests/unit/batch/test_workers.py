@@ -24,7 +24,7 @@ from xraygpt_lite.batch.inputs import Input
 from xraygpt_lite.batch.workers import Decoded, Failed, Pool, worker_count
 from xraygpt_lite.errors import ClosedError, ImageError, UsageError, XrayError
 from xraygpt_lite.imaging.read import read
-from xraygpt_lite.imaging.transform import transform
+from xraygpt_lite.imaging.transform import fit
 from xraygpt_lite.values import ImageSpec
 
 EXAMPLES = sorted(
@@ -137,10 +137,10 @@ def check(result: Decoded | Failed | None, spec: ImageSpec = SPEC) -> None:
     """The result is what one process makes of the file, to the bit."""
     assert isinstance(result, Decoded), result
     here = read(result.input.path)
-    expected = transform([here], spec)
-    assert result.pixels.tobytes() == expected.data[0].tobytes()
-    assert (result.pixels.dtype, result.pixels.shape) == (np.float32, (3, spec.size, spec.size))
-    assert (result.placement,) == expected.placements
+    square, placement = fit(here.pixels, spec)
+    assert result.square.tobytes() == square.tobytes()
+    assert (result.square.dtype, result.square.shape) == (np.uint8, (spec.size, spec.size))
+    assert result.placement == placement
     seen = result.radiograph
     assert (seen.source, seen.sha256, seen.warnings, seen.sop_instance_uid) == (
         here.source,

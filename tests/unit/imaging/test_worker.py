@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from xraygpt_lite.imaging.read import read
-from xraygpt_lite.imaging.transform import transform
+from xraygpt_lite.imaging.transform import fit
 from xraygpt_lite.imaging.worker import receive, send
 from xraygpt_lite.values import ImageSpec
 
@@ -92,7 +92,7 @@ def test_an_image_and_a_failure_and_the_end(png: Path, tmp_path: Path) -> None:
         expected = read(png)
         assert early == header["sha256"] == expected.sha256
         assert header["warnings"] == list(expected.warnings) != []
-        assert payload == transform([expected], SPEC).data.tobytes()
+        assert payload == fit(expected.pixels, SPEC)[0].tobytes()
         early, header, payload = ask(process, bad)
         assert early == hashlib.sha256(bad.read_bytes()).hexdigest()
         assert (header["error"], header["stage"], payload) == ("ImageError", "read", b"")
