@@ -78,6 +78,7 @@ class Batch:
         self._positions[:count] = positions
         self._sequences[:count] = sequences
         self._outputs[:count] = outputs
+        # Without `set_fields`, in every step: it knew these names when this was made.
         if content.ndim == 1:
             self._tokens[:count] = content
             self._rows = None
