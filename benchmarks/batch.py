@@ -20,6 +20,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -268,7 +269,10 @@ def compare(
             assert by_name[str(one.path)].raw_text == summary.raw_text, f"{one.name} is answered otherwise in a batch"
         print(f"batch {batched[-1]:.1f} s, the texts are the same", file=sys.stderr)
         said = [by_name[str(one.path)] for one in inputs]
-        bound.append(bare(bundle, inputs, said, sequences))
+        # In a thread that ends: OpenMP's threads stay with the one that called, and with others beside them they no
+        # longer spin, which would slow the next round's answers down.
+        with ThreadPoolExecutor(1) as pool:
+            bound.append(pool.submit(bare, bundle, inputs, said, sequences).result())
         rounds.append((alone[-1] / batched[-1], sum(bound[-1].values()) / batched[-1]))
         print(f"inside native calls: {seconds_of(run['native_s'])}; bound: {seconds_of(bound[-1])}", file=sys.stderr)
         print(f"{stolen.share:.1%} of the time was taken by other machines", file=sys.stderr)

@@ -6,6 +6,7 @@ Knows the engine's slots, the prompt's wording and the answer's clean-up. `model
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -151,7 +152,8 @@ class ChatSession(Closing):
         self._slot: Slot = engine.open()
         self._carry = ""
         self._image_end = 0
-        self._open: AnswerStream | None = None
+        # Weak: an answer holds its conversation; a cycle of the two would keep the image until Python looks for cycles.
+        self._open: weakref.ref[AnswerStream] | None = None
         self._closed = False
         self.turns: list[Summary] = []
 
@@ -269,15 +271,16 @@ class ChatSession(Closing):
         stream = self._slot.generate(segments, drawn, stop_ids=spec.stop_ids, reader=reader, pieces=pieces)
         prompt_rows = sum(map(len, segments)) + (0 if self.turns else held)
         answer = AnswerStream(self, stream, asked, sampling, prompt_rows, turn_only)
-        self._open = answer if not turn_only else None
+        self._open = weakref.ref(answer)
         return answer
 
     def _check_open(self) -> None:
         """Cancel an answer that is still open."""
         if self._closed:
             raise ClosedError("this conversation was closed; start another with XrayModel.chat")
-        if self._open is not None:
-            self._open.close()
+        answer = self._open() if self._open else None
+        if answer is not None:
+            answer.close()
 
     def _first(self, text: str) -> list[Segment]:
         """What a first turn adds to the cache: all of it, or the question alone where the image is there already."""

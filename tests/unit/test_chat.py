@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,8 +84,35 @@ def test_a_cancelled_turn_leaves_the_conversation_as_it_was(model: XrayModel) ->
 def test_asking_again_cancels_an_answer_that_was_not_read(model: XrayModel) -> None:
     alone = model.summarize(IMAGE, "What do you see?", SHORT).raw_text
     with model.chat(IMAGE) as chat:
-        chat.stream("Never mind this one", GenerationOptions(max_tokens=200))
+        unread = chat.stream("Never mind this one", GenerationOptions(max_tokens=200))
         assert chat.ask("What do you see?", SHORT).raw_text == alone
+        with pytest.raises(ClosedError):
+            _ = unread.summary
+
+
+def test_dropping_an_answer_cancels_it(model: XrayModel) -> None:
+    with model.chat(IMAGE) as chat:
+        chat.ask("What do you see?", SHORT)
+        rows, stream = chat._slot.rows, chat.stream("Never mind this one", GenerationOptions(max_tokens=200))
+        next(stream)
+        del stream
+        assert chat._slot.rows == rows
+
+
+def test_a_conversation_that_nobody_holds_is_freed_at_once(model: XrayModel) -> None:
+    """Without waiting until Python looks for cycles: a batch's images would pile up."""
+    gc.disable()
+    try:
+        chat = model.chat(IMAGE)
+        study = weakref.ref(chat._study)
+        chat.ask("What do you see?", SHORT)
+        chat.restart()
+        chat.ask("And the heart?", SHORT)
+        chat.close()
+        del chat
+        assert study() is None
+    finally:
+        gc.enable()
 
 
 def test_with_two_sequences_a_summary_goes_on_beside_a_conversation(made_bundle: Path) -> None:

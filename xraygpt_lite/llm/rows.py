@@ -5,6 +5,7 @@ Knows the native struct. Knows no model and no context.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,8 +34,9 @@ class Batch:
         self._rows: Float32 | None = None
         self.struct = library().llama_batch()
         kinds = dict(self.struct._fields_)
+        # The field as an address: each of numpy's pointers leaves a cycle behind, which Python has to look for.
+        self._embd = ctypes.c_void_p.from_buffer(self.struct, library().llama_batch.embd.offset)
         self._token_pointer = self._tokens.ctypes.data_as(kinds["token"])
-        self._row_kind = kinds["embd"]
         set_fields(
             self.struct,
             n_tokens=0,
@@ -82,8 +84,8 @@ class Batch:
         if content.ndim == 1:
             self._tokens[:count] = content
             self._rows = None
-            self.struct.token, self.struct.embd = self._token_pointer, None
+            self.struct.token, self._embd.value = self._token_pointer, None
         else:
             self._rows = np.ascontiguousarray(content, np.float32)
-            self.struct.token, self.struct.embd = None, self._rows.ctypes.data_as(self._row_kind)
+            self.struct.token, self._embd.value = None, self._rows.ctypes.data
         self.struct.n_tokens = count

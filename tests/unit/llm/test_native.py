@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +120,34 @@ def test_decode_logits_cut_length(context: native.Context) -> None:
     np.testing.assert_allclose(context.logits(0), first, atol=1e-5)
     with pytest.raises(NativeError, match="row 1 of the last batch has no logits"):
         context.logits(1)
+
+
+def test_a_batch_keeps_its_embedding_rows_and_frees_those_before_at_once(context: native.Context) -> None:
+    batch = native.Batch(8)
+    rows = np.ones((2, context.model.width), np.float32)
+    seen = weakref.ref(rows)
+    gc.disable()
+    try:
+        batch.put(rows, [0, 1], 0, True)
+        del rows
+        assert seen() is not None
+        context.decode(batch)
+        put(batch, [1, 5])
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+def test_embedding_rows_that_may_not_be_written_to_are_taken_too(context: native.Context) -> None:
+    batch, rows = native.Batch(8), np.full((1, context.model.width), 0.5, np.float32)
+    batch.put(rows, 0, 0, True)
+    context.decode(batch)
+    expected = context.logits(0)
+    context.cut(0, 0)
+    rows.setflags(write=False)
+    batch.put(rows, 0, 0, True)
+    context.decode(batch)
+    np.testing.assert_array_equal(context.logits(0), expected)
 
 
 def test_sequences_do_not_see_each_other(context: native.Context) -> None:
