@@ -136,6 +136,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("bench/child.py", "sys.stdout"): MEASURED,
     ("bench/child.py", "sys.exit"): MEASURED,
     ("__init__.py", "os.environ"): "switches a library's reports to its maker off before anybody can import it",
+    ("llm/library.py", "os.environ"): "chooses kernels of ggml, which can be told in no other way",
     ("batch/workers.py", "os.environ"): "hands the environment on to its processes, with one thread for each library",
 }
 

@@ -46,8 +46,6 @@ from xraygpt_lite.values import (
     Timings,
 )
 
-EXACT = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
-"""Weight types whose rows, decoded together on a CPU, have the very logits that each has alone."""
 Image = str | os.PathLike[str] | bytes | np.ndarray | Radiograph
 """What every method takes: a path, a file's bytes, an array (H, W), or a `Radiograph` that was read before."""
 
@@ -188,7 +186,7 @@ class XrayModel(Closing):
         on_cpu = plan.gpu_layers == 0 and plan.providers[0] == devices.CPU
         self._turns = Turns() if on_cpu and not plan.encoder_threads else None
         # Elsewhere rows decoded together are not bit for bit what each is alone.
-        exact = on_cpu and not plan.float32_cache and bundle.manifest.weight_types["llm"] in EXACT
+        exact = on_cpu and not plan.float32_cache and native.exact(bundle.manifest.weight_types["llm"])
         self._engine = Engine(
             bundle.llm,
             plan,

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import os
 import sys
 import threading
 from collections import deque
@@ -23,6 +24,8 @@ REINSTALL = (
     'CMAKE_ARGS="-DLLAVA_BUILD=OFF" CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-cache-dir '
     f"--no-binary llama-cpp-python llama-cpp-python=={VERSION}"
 )
+EXACT = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+"""Types of weights that `exact` may hold for."""
 WARNING, ERROR, CONTINUED = 3, 4, 5
 _KEPT_LINES = 2000
 _GPU = 1
@@ -97,6 +100,9 @@ def library() -> Any:
             f"llama-cpp-python is {llama_cpp.__version__}, this program was made for {VERSION}; "
             f"install that with: {REINSTALL}"
         )
+    # On x86-64 without AMX, from eight rows on, ggml would multiply K-quants by kernels that round otherwise than those
+    # for fewer rows: an answer's words would depend on what is written beside it. It asks for this when it decodes.
+    os.environ["GGML_CPU_TILED_MM"] = "0"
     _silence(functions)
     functions.llama_backend_init()
     return functions
@@ -159,6 +165,14 @@ def system_info() -> str:
     """Return what llama.cpp says of the CPU features it was compiled with, e.g. "CPU : AVX512 = 1 | …"."""
     info: bytes = library().llama_print_system_info()
     return info.decode("utf-8", "replace").strip()
+
+
+def exact(kind: str) -> bool:
+    """Tell whether rows of such weights, decoded together on this CPU, have the very logits that each has alone.
+
+    Not so for weights in Q4_K without AMX: llama.cpp rearranges them, and four rows go another way than one.
+    """
+    return kind in EXACT and (kind != "q4_k_m" or "AMX_INT8 = 1" in system_info())
 
 
 def supports_gpu() -> bool:

@@ -16,10 +16,10 @@ import numpy as np
 from ..errors import BundleError, ClosedError, DeviceError, NativeError, UsageError, XrayError
 from ..values import DevicePlan, Float32, Int32, UInt8
 from .embedding import Embedding
-from .library import brief, build_id, gpu_memory, library, log, set_fields, supports_gpu, system_info
+from .library import brief, build_id, exact, gpu_memory, library, log, set_fields, supports_gpu, system_info
 from .rows import Batch
 
-__all__ = ["Batch", "Context", "Model", "build_id", "gpu_memory", "set_fields", "supports_gpu", "system_info"]
+__all__ = ["Batch", "Context", "Model", "build_id", "exact", "gpu_memory", "set_fields", "supports_gpu", "system_info"]
 
 # Reads the weights into memory of their own. Mapped pages of weights that are repacked for the CPU count twice (a 3.65
 # GB model peaks at 7.5 GB instead of 4.1), and a bundle was hashed just before, so its pages are in the file cache.

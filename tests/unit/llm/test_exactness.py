@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from xraygpt_lite.llm import native
+from xraygpt_lite.llm import library, native
+from xraygpt_lite.llm.library import EXACT, exact
 from xraygpt_lite.llm.native import Batch, Context, Model
 from xraygpt_lite.llm.quantize import quantize
-from xraygpt_lite.model import EXACT
 from xraygpt_lite.values import DevicePlan, Float32
 
 BEGIN, END = 244, 268
@@ -20,6 +20,8 @@ BEGIN, END = 244, 268
 
 @pytest.fixture(scope="module", params=EXACT)
 def model(request: pytest.FixtureRequest, tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    if not exact(request.param):
+        pytest.skip(f"{request.param} is not said to be exact on this CPU")
     path = tmp_path_factory.mktemp("exact") / f"{request.param}.gguf"
     quantize(tiny.gguf, path, request.param)
     opened = Model(path)
@@ -68,6 +70,15 @@ def alone(model: Model) -> Float32:
 )  # fmt: skip
 def test_no_bit_depends_on_company(model: Model, alone: Float32, how: dict[str, int]) -> None:
     assert np.array_equal(logits(model, **how), alone)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tiles", "held"),
+    [("q4_k_m", True, True), ("q4_k_m", False, False), ("q4_0", False, True), ("f16", True, False)],
+)
+def test_what_is_said_to_be_exact(monkeypatch: pytest.MonkeyPatch, kind: str, tiles: bool, held: bool) -> None:
+    monkeypatch.setattr(library, "system_info", lambda: f"CPU : AVX512 = 1 |{' AMX_INT8 = 1 |' * tiles}")
+    assert exact(kind) == held
 
 
 def test_values_in_bfloat16_are_as_near_to_float32_as_in_float16(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
