@@ -24,8 +24,11 @@ from xraygpt_lite.model import open_bundle
 from xraygpt_lite.values import Bundle, Manifest, Radiograph
 
 AUTO = "auto"
-QUANTS = (AUTO, "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
-BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7, "q4_k_m": 4.9, "q4_0": 4.6}
+QUANTS = (AUTO, "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs")
+BITS = {
+    "f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5, "q6_k": 6.6, "q5_k_m": 5.7,
+    "q4_k_m": 4.9, "q4_0": 4.6, "iq4_xs": 4.4,
+}  # fmt: skip
 """Of one weight on the disk, about."""
 
 LARGE = 1e9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -12,9 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
-    """Hear Ctrl-C also in a background job, which starts with it ignored and hands that on to its children."""
+    """Hear Ctrl-C also in a background job, which starts with it ignored; choose ggml's kernels for all models."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The first model of a process chooses (`llm.library.exact`), and here Q4_0 is not the first.
+    os.environ.setdefault("GGML_CPU_TILED_MM", "0")
 
 
 @pytest.fixture(scope="session")

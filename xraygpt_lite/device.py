@@ -26,15 +26,23 @@ SMALL = 0.2
 TYPICAL_ANSWER = 100
 GPU_RESERVE = 768 * 2**20
 """Of a GPU's free memory, kept for compute buffers and the driver."""
-CPU_CLASS = "a CPU with AVX-512 and AMX"
-SPEEDS: Mapping[str, tuple[float, float, float]] = {
-    "q4_0": (1.0, 1.0, 0.99),
-    "q4_k_m": (0.53, 0.63, 0.88),
-    "iq4_xs": (0.57, 0.62, 0.87),
-    "q8_0": (0.59, 0.81, 1.0),
+TILES, VECTORS = "a CPU with AVX-512 and AMX", "a CPU with AVX-512 and no AMX"
+SPEEDS: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
+    TILES: {
+        "q4_0": (1.0, 1.0, 0.99),
+        "q4_k_m": (0.53, 0.63, 0.88),
+        "iq4_xs": (0.57, 0.62, 0.87),
+        "q8_0": (0.59, 0.81, 1.0),
+    },
+    VECTORS: {
+        "iq4_xs": (0.95, 0.66, 1.0),
+        "q4_0": (1.0, 1.0, 0.53),
+        "q4_k_m": (0.97, 0.84, 0.63),
+        "q8_0": (0.63, 0.84, 0.36),
+    },
 }
-"""Type of a 7B model's weights → tokens a second of one answer, of eight together, and rows a second of a prompt, as
-shares of the fastest type's; measured on `CPU_CLASS`, see docs/performance.md."""
+"""Class of CPU → type of a 7B model's weights → tokens a second of one answer, of eight together, and rows a second of
+a prompt, as shares of the fastest type's; see docs/performance.md."""
 _USES = ("one answer", "eight answers at once", "a prompt")
 _SLOW = 0.7
 _FEATURES = ("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8",
@@ -63,26 +71,35 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     return ()
 
 
-def known_cpu() -> bool:
-    """Whether this CPU is of the class whose speeds are known."""
-    return {"avx512f", "amx_int8"} <= set(cpu_features())
+def cpu_class() -> str | None:
+    """Which of the classes in `SPEEDS` this CPU belongs to; None: to none."""
+    features = set(cpu_features())
+    if "avx512f" not in features:
+        return None
+    return TILES if "amx_int8" in features else VECTORS
 
 
-def slow_weights(kind: str) -> str | None:
-    """Where a type of weights has less than 0.7 of the speed that another has on `CPU_CLASS`; None: nowhere."""
-    shares = zip(SPEEDS.get(kind, (1.0, 1.0, 1.0)), _USES, strict=True)
+def slow_weights(kind: str, cpu: str) -> str | None:
+    """Where a type of weights has less than 0.7 of the speed that another has on this class of CPU.
+
+    None: nowhere, or it is the fastest in all.
+    """
+    if kind == _fastest(cpu):
+        return None
+    shares = zip(SPEEDS[cpu].get(kind, (1.0, 1.0, 1.0)), _USES, strict=True)
     slow = [f"{share:.1f} times as fast as the fastest type for {use}" for share, use in shares if share < _SLOW]
-    return f"{', '.join(slow)}; convert with --quant {_fastest()}" if slow else None
+    return f"{', '.join(slow)}; the fastest in all is --quant {_fastest(cpu)}" if slow else None
 
 
 def best_weights() -> str:
-    """The type for a large language model: the fastest on `CPU_CLASS`; what is usual for four bits on any other CPU."""
-    return _fastest() if known_cpu() else "q4_k_m"
+    """The type for a large language model: the fastest where speeds are known, elsewhere the usual four bits."""
+    cpu = cpu_class()
+    return _fastest(cpu) if cpu else "q4_k_m"
 
 
-def _fastest() -> str:
+def _fastest(cpu: str) -> str:
     """Of all uses together."""
-    return max(SPEEDS, key=lambda name: sum(SPEEDS[name]))
+    return max(SPEEDS[cpu], key=lambda name: sum(SPEEDS[cpu][name]))
 
 
 def cache_folder() -> Path:

@@ -137,13 +137,15 @@ def _bundles() -> str:
 
 def _weight_types() -> str:
     """Which bundles have weights of a type that is slow on this class of CPU."""
-    if not device.known_cpu():
-        return f"speeds are known for {device.CPU_CLASS} only, which this is not; measure with: xraygpt-lite bench"
+    cpu = device.cpu_class()
+    if cpu is None:
+        known = " and ".join(device.SPEEDS)
+        return f"speeds are known for {known} only, which this is not; measure with: xraygpt-lite bench"
     found = []
     for item in store.installed():
         manifest = store.inspect(item.path)[0]
         kind = manifest.weight_types["llm"]
         size = next(entry.size for entry in manifest.files if entry.name == "llm.gguf")
-        if size >= LARGE and (slow := device.slow_weights(kind)):
+        if size >= LARGE and (slow := device.slow_weights(kind, cpu)):
             found.append(f"{item.name} ({kind}) is {slow}")
-    return "; ".join(found) or f"no bundle has a slow one for {device.CPU_CLASS}"
+    return "; ".join(found) or f"no bundle has a slow one for {cpu}"

@@ -176,6 +176,8 @@ class XrayModel(Closing):
     ----------
     bundle, plan, providers
         What is loaded, where it runs and why, and what ONNX Runtime really uses.
+    exact
+        Rows decoded together have the very logits that each has alone: no answer depends on those written beside it.
     """
 
     def __init__(
@@ -185,13 +187,12 @@ class XrayModel(Closing):
         self._encoder = vision.Encoder(bundle, plan)
         on_cpu = plan.gpu_layers == 0 and plan.providers[0] == devices.CPU
         self._turns = Turns() if on_cpu and not plan.encoder_threads else None
-        # Elsewhere rows decoded together are not bit for bit what each is alone.
-        exact = on_cpu and not plan.float32_cache and native.exact(bundle.manifest.weight_types["llm"])
+        self.exact = on_cpu and not plan.float32_cache and native.exact(bundle.manifest.weight_types["llm"])
         self._engine = Engine(
             bundle.llm,
             plan,
             self._turns,
-            phrases=bundle.manifest.prompt.phrases if speculation and exact else None,
+            phrases=bundle.manifest.prompt.phrases if speculation and self.exact else None,
             openings=Openings(Cache(devices.cache_folder()), bundle.id, plan) if prompt_cache else None,
         )
         self._closed = False

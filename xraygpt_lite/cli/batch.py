@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from xraygpt_lite.batch.inputs import Input
     from xraygpt_lite.batch.runner import Run
     from xraygpt_lite.cli.report import Target
+    from xraygpt_lite.model import XrayModel
 
 _I = TypeVar("_I", bound="Input | None")
 _ORDERS = ("name", "given", "newest", "oldest", "random")
@@ -121,6 +122,8 @@ def command(
             ) as run,
             Tally(progress, count) as tally,
         ):  # fmt: skip
+            if progress in ("auto", "plain"):
+                _warn(run.model)
             try:
                 for _ in run:
                     tally.show(run.done, run.failed, run.skipped)
@@ -134,6 +137,15 @@ def command(
         report.write(output, str(form), rendered, ())
     _conclude(run, tally, output)
     return 3 if run.journal and run.journal.failures else 0
+
+
+def _warn(model: XrayModel) -> None:
+    if model.plan.sequences > 1 and not model.exact:
+        kind = model.bundle.manifest.weight_types["llm"]
+        console.warn(
+            f"{model.plan.sequences} answers are written at a time, and with {kind} weights that changes how sums are "
+            "rounded on this machine: words may differ from those of summarize. With --parallel 1 they do not"
+        )
 
 
 def _others(found: Iterable[_I], output: str) -> Generator[_I]:

@@ -18,7 +18,7 @@ NEEDED = (
     "torch", "transformers", "optimum", "onnx", "gguf", "sentencepiece", "google.protobuf", "safetensors", "filelock",
 )  # fmt: skip
 _F = TypeVar("_F", bound=Callable[..., Any])
-QUANTS = ("auto", "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
+QUANTS = ("auto", "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs")
 VISION_TYPES = ("f32", "f16", "int8")
 
 

@@ -25,7 +25,7 @@ REINSTALL = (
     f"--no-binary llama-cpp-python llama-cpp-python=={VERSION}"
 )
 EXACT = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
-"""Types of weights that `exact` may hold for."""
+"""Types of weights that `exact` holds for where the CPU has AMX."""
 WARNING, ERROR, CONTINUED = 3, 4, 5
 _KEPT_LINES = 2000
 _GPU = 1
@@ -100,9 +100,6 @@ def library() -> Any:
             f"llama-cpp-python is {llama_cpp.__version__}, this program was made for {VERSION}; "
             f"install that with: {REINSTALL}"
         )
-    # On x86-64 without AMX, from eight rows on, ggml would multiply K-quants by kernels that round otherwise than those
-    # for fewer rows: an answer's words would depend on what is written beside it. It asks for this when it decodes.
-    os.environ["GGML_CPU_TILED_MM"] = "0"
     _silence(functions)
     functions.llama_backend_init()
     return functions
@@ -170,9 +167,20 @@ def system_info() -> str:
 def exact(kind: str) -> bool:
     """Tell whether rows of such weights, decoded together on this CPU, have the very logits that each has alone.
 
-    Not so for weights in Q4_K without AMX: llama.cpp rearranges them, and four rows go another way than one.
+    To be asked before anything is decoded: without AMX it also chooses ggml's kernels, for the rest of the process.
+
+    Parameters
+    ----------
+    kind
+        A type of weights by its name, "q4_0".
     """
-    return kind in EXACT and (kind != "q4_k_m" or "AMX_INT8 = 1" in system_info())
+    features = system_info()
+    if "AMX_INT8 = 1" in features:
+        return kind in EXACT
+    # From eight rows on ggml multiplies K-quants by other kernels, which round otherwise. A Q4_0 model has such weights
+    # in its output layer alone and is hardly slower without them; others need them. It asks once, when it decodes.
+    tiled = os.environ.setdefault("GGML_CPU_TILED_MM", "0" if kind == "q4_0" else "1")
+    return "AVX2 = 1" in features and (kind == "q8_0" or (kind == "q4_0" and tiled == "0"))
 
 
 def supports_gpu() -> bool:

@@ -17,6 +17,7 @@ from ..errors import BundleError, ClosedError, DeviceError, NativeError, UsageEr
 from ..values import DevicePlan, Float32, Int32, UInt8
 from .embedding import Embedding
 from .library import brief, build_id, exact, gpu_memory, library, log, set_fields, supports_gpu, system_info
+from .quantize import FILE_TYPES
 from .rows import Batch
 
 __all__ = ["Batch", "Context", "Model", "build_id", "exact", "gpu_memory", "set_fields", "supports_gpu", "system_info"]
@@ -24,6 +25,7 @@ __all__ = ["Batch", "Context", "Model", "build_id", "exact", "gpu_memory", "set_
 # Reads the weights into memory of their own. Mapped pages of weights that are repacked for the CPU count twice (a 3.65
 # GB model peaks at 7.5 GB instead of 4.1), and a bundle was hashed just before, so its pages are in the file cache.
 LOAD_READ = 0
+_TYPE_NAMES = {number: name for name, number in FILE_TYPES.items()}
 _SENTENCEPIECE = 1
 _BOOL_OVERRIDE = 2
 _FLOAT32_TYPE = 0
@@ -73,6 +75,7 @@ class Model:
         self._pointer = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._pointer:
             raise BundleError(f"llama.cpp cannot load {path.name}{log.reason(mark)}; make the bundle anew")
+        exact(_TYPE_NAMES.get(self._lib.llama_model_ftype(self._pointer), ""))  # before anything is decoded
         self._vocabulary = self._lib.llama_model_get_vocab(self._pointer)
         kind = self._lib.llama_vocab_type(self._vocabulary)
         if kind != _SENTENCEPIECE:

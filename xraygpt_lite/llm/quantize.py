@@ -11,7 +11,7 @@ from ..errors import ConversionError, UsageError
 from .library import WARNING, library, log, set_fields
 
 # llama.cpp's llama_ftype for each name.
-FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18, "iq4_xs": 30}
 _FALLBACK = re.compile(
     r"warning: (?P<name>\S+)\s+- ncols\s+(?P<width>\d+) not divisible by\s+(?P<block>\d+) \(required for type\s+"
     r"(?P<wanted>\S+)\s*\).*-> falling back to\s+(?P<got>\S+)"

@@ -295,7 +295,7 @@ def test_a_large_language_model_gets_what_is_fast_here(
     """Where its CPU's speeds are known; and four bits anywhere. Of a folder, that is the default, too."""
     monkeypatch.setattr(weights, "LARGE", 0)
     monkeypatch.setattr(device, "cpu_features", lambda: ("avx512f", "amx_int8") if known else ("avx2",))
-    monkeypatch.setattr(device, "SPEEDS", {"q4_k_m": (1.0, 0.7, 1.0), "q4_0": (1.0, 1.0, 0.9)})
+    monkeypatch.setattr(device, "SPEEDS", {device.TILES: {"q4_k_m": (1.0, 0.7, 1.0), "q4_0": (1.0, 1.0, 0.9)}})
     kept = convert(replace(request_, quant=quant)).bundle.manifest.weight_types["llm"]
     assert kept == ("q4_0" if known else "q4_k_m")
 

@@ -47,7 +47,7 @@ def logits(model: Model, content: Int32 | Float32) -> Float32:
     return found
 
 
-@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs"])
 def test_rows_give_the_logits_of_their_tokens(typed: Callable[[str], Path], kind: str) -> None:
     model = Model(typed(kind))
     try:

@@ -73,12 +73,23 @@ def test_no_bit_depends_on_company(model: Model, alone: Float32, how: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "tiles", "held"),
-    [("q4_k_m", True, True), ("q4_k_m", False, False), ("q4_0", False, True), ("f16", True, False)],
+    ("features", "kernels", "held"),
+    [
+        ("AVX2 = 1 | AMX_INT8 = 1 |", None, {"q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"}),
+        ("AVX2 = 1 |", None, {"q8_0", "q4_0"}),
+        ("AVX2 = 1 |", "1", {"q8_0"}),  # a model of another type was there first, or the user wants it so
+        ("NEON = 1 |", None, set()),  # not tried
+    ],
 )
-def test_what_is_said_to_be_exact(monkeypatch: pytest.MonkeyPatch, kind: str, tiles: bool, held: bool) -> None:
-    monkeypatch.setattr(library, "system_info", lambda: f"CPU : AVX512 = 1 |{' AMX_INT8 = 1 |' * tiles}")
-    assert exact(kind) == held
+def test_what_is_said_to_be_exact(
+    monkeypatch: pytest.MonkeyPatch, features: str, kernels: str | None, held: set[str]
+) -> None:
+    monkeypatch.setattr(library, "system_info", lambda: f"CPU : {features}")
+    for kind in ("f32", "f16", "iq4_xs", *EXACT):
+        monkeypatch.delenv("GGML_CPU_TILED_MM", raising=False)
+        if kernels:
+            monkeypatch.setenv("GGML_CPU_TILED_MM", kernels)
+        assert exact(kind) == (kind in held)
 
 
 def test_values_in_bfloat16_are_as_near_to_float32_as_in_float16(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,7 @@ def expected(tiny: Any, plan: DevicePlan) -> Float32:
         ("q5_k_m", 0.96, 0.3),
         ("q4_k_m", 0.92, 0.3),
         ("q4_0", 0.9, 0.25),
+        ("iq4_xs", 0.9, 0.25),
     ],
 )
 def test_every_type(
@@ -59,7 +60,7 @@ def test_every_type(
 
 
 def test_all_types_are_tested() -> None:
-    assert set(FILE_TYPES) == {"f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"}
+    assert set(FILE_TYPES) == {"f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs"}
 
 
 def test_a_width_that_is_no_multiple_of_the_block_is_reported(tiny_llama: ModuleType, tmp_path: Path) -> None:
