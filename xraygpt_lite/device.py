@@ -26,7 +26,7 @@ SMALL = 0.2
 TYPICAL_ANSWER = 100
 GPU_RESERVE = 768 * 2**20
 """Of a GPU's free memory, kept for compute buffers and the driver."""
-TILES, VECTORS = "a CPU with AVX-512 and AMX", "a CPU with AVX-512 and no AMX"
+TILES, VECTORS = "a CPU with AVX-512 and AMX", "a CPU with AVX-512 VNNI and no AMX"
 SPEEDS: Mapping[str, Mapping[str, tuple[float, float, float]]] = {
     TILES: {
         "q4_0": (1.0, 1.0, 0.99),
@@ -74,9 +74,9 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
 def cpu_class() -> str | None:
     """Which of the classes in `SPEEDS` this CPU belongs to; None: to none."""
     features = set(cpu_features())
-    if "avx512f" not in features:
-        return None
-    return TILES if "amx_int8" in features else VECTORS
+    if {"avx512f", "amx_int8"} <= features:
+        return TILES
+    return VECTORS if "avx512_vnni" in features else None
 
 
 def slow_weights(kind: str, cpu: str) -> str | None:

@@ -104,8 +104,8 @@ def test_slow_weights_are_named_where_the_cpu_is_known(package: Path, monkeypatc
     assert "which this is not" in checks()["weight types"].detail
     monkeypatch.setattr(device, "cpu_features", lambda: ("avx512f", "amx_int8"))
     assert "no bundle has a slow one" in checks()["weight types"].detail
-    monkeypatch.setattr(device, "cpu_features", lambda: ("avx512f",))
-    assert "AVX-512 and no AMX" in checks()["weight types"].detail
+    monkeypatch.setattr(device, "cpu_features", lambda: ("avx512_vnni",))
+    assert "AVX-512 VNNI and no AMX" in checks()["weight types"].detail
     monkeypatch.setattr(device, "SPEEDS", {device.VECTORS: {"f32": (1.0, 0.4, 0.9), "q4_0": (0.9, 1.0, 1.0)}})
     assert "no bundle has a slow one" in checks()["weight types"].detail  # a small model is fast anyway
     monkeypatch.setattr(doctor, "LARGE", 1)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +21,9 @@ from ..errors import NativeError
 from ..values import DevicePlan, Segment, TokenSegment
 from .library import library
 from .native import Batch, Context, Model
+from .requests import Cut
 from .scheduler import Engine
-from .sequence import chunks, joined
+from .sequence import Held, chunks, joined
 
 _TRIES = 5
 _ENOUGH_S = 1.0
@@ -41,6 +44,13 @@ def step_seconds(gguf: Path, plan: DevicePlan, rows: Sequence[int]) -> dict[int,
     BundleError, NativeError, DeviceError, MissingPackageError
         The model cannot be loaded or run.
     """
+    # OpenMP's threads live as long as the thread that calls them. Where there are more than processors, none of them
+    # waits spinning any more, and whoever decodes later in this process would be slower.
+    with ThreadPoolExecutor(1) as passing:
+        return passing.submit(_step_seconds, gguf, plan, rows).result()
+
+
+def _step_seconds(gguf: Path, plan: DevicePlan, rows: Sequence[int]) -> dict[int, float]:
     most = max(rows)
     model = Model(gguf, plan.gpu_layers)
     try:
@@ -83,11 +93,26 @@ class BareRun(NamedTuple):
     ids: tuple[int, ...]
 
 
+class _Errand(Cut):
+    """Something else that the engine's thread is to do."""
+
+    def __init__(self, held: Held, work: Callable[[], BareRun]) -> None:
+        super().__init__(held, 0)
+        self._work = work
+        self.found: BareRun | None = None
+
+    def advance(self, context: Context, rows: Sequence[int]) -> None:
+        del context, rows
+        self.found = self._work()
+        self.end(np.empty((0, 0), np.float32))
+
+
 class Bare(Closing):
     """A bare loop over `llama_decode` on an engine's model: what the engine itself is measured against.
 
-    It has a context of its own, like the engine's, which must have nothing to do while this runs. No thread, queue,
-    sampler or reader of text stands between two calls.
+    It has a context of its own, like the engine's, which must have nothing to do while this runs: the loop runs in its
+    thread, so that both are given the same threads of OpenMP (see `step_seconds`). No queue, sampler or reader of text
+    stands between two calls.
 
     Raises
     ------
@@ -97,6 +122,7 @@ class Bare(Closing):
 
     def __init__(self, engine: Engine) -> None:
         core = engine._core
+        self._engine = engine
         self._context = Context(core.model, core.plan, core.cells)
         self._batch = Batch(self._context.batch)
 
@@ -108,6 +134,13 @@ class Bare(Closing):
         NativeError, ClosedError
             llama.cpp failed, or this was closed.
         """
+        with self._engine.open() as slot:
+            errand = _Errand(slot._held, partial(self._run, segments, steps))
+            slot._wait(errand)
+        assert errand.found is not None
+        return errand.found
+
+    def _run(self, segments: Sequence[Segment], steps: int) -> BareRun:
         context, batch, decode = self._context, self._batch, library().llama_decode
         pointer = context.pointer
         context.cut(0, 0)
