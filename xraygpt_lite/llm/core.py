@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -135,14 +135,19 @@ class Core:
         try:
             while not self.closed:
                 self._collect()
-                for request in [request for request in self._active if request.cancelled]:
-                    self._fail([request], CancelledError("the answer was cancelled"))
-                # A step costs nearly the same without those that are to be prefilled, so they come first, with all
-                # that arrive meanwhile. A long prompt, of whole batches, lets the others go on in between.
-                if 0 < self._prefill() < self.context.batch:
-                    continue
-                self._step()
-                self._search()
+                ready = self._ready()
+                others = len(ready) < len(self._active)
+                if others:
+                    for request in [request for request in self._active if request.cancelled]:
+                        self._fail([request], CancelledError("the answer was cancelled"))
+                    # A step costs nearly the same without those that are to be prefilled, so they come first, with all
+                    # that arrive meanwhile. A long prompt, of whole batches, lets the others go on in between.
+                    if 0 < self._prefill() < self.context.batch:
+                        continue
+                    ready = self._ready()
+                self._step(ready)
+                if others:
+                    self._search()
         # Whatever it is, callers must hear of it: they wait on queues.
         except Exception as error:
             self._broken = str(error)
@@ -156,11 +161,8 @@ class Core:
 
     def _give_up(self) -> None:
         """End every request, without touching the cache."""
-        while True:
-            try:
-                item = self._inbox.get_nowait()
-            except Empty:
-                break
+        while not self._inbox.empty():
+            item = self._inbox.get()
             if isinstance(item, Request):
                 self._active.append(item)
         for request in self._active:
@@ -173,12 +175,8 @@ class Core:
     def _collect(self) -> None:
         """Take what callers sent; wait for it where nothing is to be done."""
         block = not self._active
-        while True:
-            try:
-                item = self._inbox.get(block=block)
-            except Empty:
-                return
-            block = False
+        while block or not self._inbox.empty():
+            item, block = self._inbox.get(), False
             if isinstance(item, Request):
                 self._active.append(item)
             elif isinstance(item, Held):
@@ -198,7 +196,7 @@ class Core:
 
         Rows of other requests in a call change no bit of a row where all have the same number of rows.
         """
-        waiting = [r for r in self._active if r.chunks or isinstance(r, Cut | Trace)]
+        waiting = [r for r in self._active if r.chunks or isinstance(r, (Cut, Trace))]
         for request in waiting:
             self._share_opening(request)
         if not waiting:
@@ -303,31 +301,31 @@ class Core:
     def _opening_rows(self, sequence: int) -> int:
         return len(self._openings.get(sequence, b"")) // np.dtype(np.int32).itemsize
 
-    def _step(self) -> None:
+    def _ready(self) -> list[Generate]:
+        """Requests that generate and have nothing else to do first."""
+        return [r for r in self._active if isinstance(r, Generate) and not r.chunks and not r.cancelled]
+
+    def _step(self, ready: Sequence[Generate]) -> None:
         """Decode one row of every request that generates, in one call."""
-        ready = [request for request in self._active if isinstance(request, Generate) and not request.chunks]
         if not ready:
             return
-        if self._speculation and len(ready) == 1 and ready[0].guessable:
-            self._leap(ready[0], self._speculation)
+        if len(ready) == 1:
+            self._step_alone(ready[0])
             return
-        steps = {request.held.id: request for request in ready}
-        between = self._between(sorted(steps))
-        order = sorted([*steps, *between])
-        self._batch.put(
-            np.array([steps[s].ids[-1] if s in steps else 0 for s in order], np.int32),
-            [steps[s].held.rows if s in steps else between[s] for s in order],
-            order,
-            [s in steps and steps[s].wants_logits for s in order],
-        )
-        decoded = self._decode(list(ready))
-        for sequence, rows in between.items():
-            self.context.cut(sequence, rows)
+        rows = sorted((r.held.id, r.ids[-1], r.held.rows, r.wants_logits) for r in ready)
+        between = self._between([row[0] for row in rows])
+        if between:
+            rows = sorted([*rows, *((sequence, 0, length, False) for sequence, length in between.items())])
+        order, tokens, places, outputs = zip(*rows, strict=True)
+        self._batch.put(np.array(tokens, np.int32), places, order, outputs)
+        decoded = self._decode(ready)
+        for sequence, length in between.items():
+            self.context.cut(sequence, length)
         if decoded:
-            for row, sequence in enumerate(order):
-                if sequence in steps:
-                    steps[sequence].held.rows += 1
-                    self._advance(steps[sequence], (row,))
+            at = dict(zip(order, range(len(order)), strict=True))
+            for request in ready:
+                request.held.rows += 1
+                self._advance(request, (at[request.held.id],))
 
     def _between(self, sequences: Sequence[int]) -> dict[int, int]:
         """Sequences in small gaps between rising others, and how many rows each holds.
@@ -344,25 +342,28 @@ class Core:
                 found |= rows
         return found
 
-    def _leap(self, request: Generate, speculation: Speculation) -> None:
+    def _step_alone(self, request: Generate) -> None:
         """Decode the next row of the only request that generates, and those of guesses at what follows it."""
-        began, before = time.perf_counter(), len(request.ids)
-        guesses = speculation.guess(request.ids, min(request.guessable, self.context.batch - 1))
-        rows = 1 + len(guesses)
+        speculation = self._speculation if self._speculation and request.guessable else None
+        began, before, guesses = time.perf_counter(), len(request.ids), list[int]()
+        if speculation:
+            guesses = speculation.guess(request.ids, min(request.guessable, self.context.batch - 1))
+        rows, first = 1 + len(guesses), request.held.rows
         content = np.array([request.ids[-1], *guesses], np.int32)
-        self._batch.put(content, request.held.rows + np.arange(rows), request.held.id, True)
+        self._batch.put(content, first + np.arange(rows) if guesses else first, request.held.id, request.wants_logits)
         if self._decode([request]):
             request.held.rows += rows
             self._advance(request, range(rows), guesses)
-            speculation.called(len(guesses), len(request.ids) - before - 1, time.perf_counter() - began)
-            speculation.learn(request.ids, before)
+            if speculation:
+                speculation.called(len(guesses), len(request.ids) - before - 1, time.perf_counter() - began)
+                speculation.learn(request.ids, before)
 
     def _search(self) -> None:
         """Take one step of every beam search; each decodes in a context of its own."""
         for request in [r for r in self._active if isinstance(r, Search) and not r.chunks]:
             self._advance(request, ())
 
-    def _decode(self, requests: list[Request]) -> bool:
+    def _decode(self, requests: Sequence[Request]) -> bool:
         try:
             with self._cores:
                 self.context.decode(self._batch)
@@ -386,7 +387,7 @@ class Core:
         if request.done.is_set() and request in self._active:
             self._active.remove(request)
 
-    def _fail(self, requests: list[Request], error: Exception) -> None:
+    def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """End requests and leave their sequences as they were before."""
         for request in requests:
             rows, tail = request.start

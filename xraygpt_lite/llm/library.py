@@ -116,13 +116,14 @@ def _silence(functions: Any) -> None:
     functions.llama_log_set(log.callback, None)
 
 
-def brief(function: Any) -> Any:
+def brief(function: Any, result: Any = None) -> Any:
     """Return the same native function, called without giving up the interpreter's lock meanwhile.
 
     For what takes microseconds: to get the lock back from other threads took 90 of them in a batch. Not for what waits.
+    `result` is another type for what it returns, such as `c_void_p` for a pointer's bare address.
     """
     address: Any = ctypes.cast(function, ctypes.c_void_p).value
-    return ctypes.PYFUNCTYPE(function.restype, *function.argtypes)(address)
+    return ctypes.PYFUNCTYPE(result or function.restype, *function.argtypes)(address)
 
 
 def set_fields(struct: Any, **values: Any) -> None:

@@ -7,6 +7,7 @@ context, model. Knows nothing of requests, threads or text that stops.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -216,8 +217,9 @@ class Context:
         self._memory = self._lib.llama_get_memory(self._pointer)
         self._remove, self._copy = brief(self._lib.llama_memory_seq_rm), brief(self._lib.llama_memory_seq_cp)
         self._last = brief(self._lib.llama_memory_seq_pos_max)
-        # With a GPU it waits for the result.
-        self._results = self._lib.llama_get_logits if plan.gpu_layers else brief(self._lib.llama_get_logits)
+        self._results = brief(self._lib.llama_get_logits, ctypes.c_void_p)
+        self._waits = plan.gpu_layers != 0
+        self._seen: tuple[int, Float32] = (0, np.empty((0, 0), np.float32))
         self._row_type = ctypes.c_float * model.vocab
         self._outputs = np.zeros(0, np.bool_)
         self._likeliest: dict[int, int] = {}
@@ -253,21 +255,35 @@ class Context:
     def likeliest(self, row: int) -> int:
         """Return the arg-max of one row's logits, the first of equal ones."""
         if not self._likeliest:  # of all rows at once: asked one by one, they would take longer than small models do
-            rows = np.flatnonzero(self._outputs)
-            found = self._results(self.pointer)
-            if not found or not rows.size:
+            rows = self._outputs.nonzero()[0]
+            values = self._all(len(rows))
+            if values is None:
                 raise NativeError(f"row {row} of the last batch has no logits")
-            memory: Any = (self._row_type * rows.size).from_address(ctypes.addressof(found.contents))
-            values = np.frombuffer(memory, np.float32).reshape(rows.size, -1)
-            most = values.argmax(1)  # what is no number counts as the largest
-            most[~np.isfinite(values[np.arange(rows.size), most])] = -1
-            self._likeliest = dict(zip(rows.tolist(), most.tolist(), strict=True))
+            most = values.argmax(1).tolist()  # what is no number counts as the largest
+            self._likeliest = {
+                number: token if math.isfinite(values.item(at, token)) else -1
+                for at, (number, token) in enumerate(zip(rows.tolist(), most, strict=True))
+            }
         token = self._likeliest.get(row)
         if token is None:
             raise NativeError(f"row {row} of the last batch has no logits")
         if token < 0:
             raise NativeError(_DAMAGED)
         return token
+
+    def _all(self, count: int) -> Float32 | None:
+        """A view (count, V) of the logits of all rows that give some, which the next call overwrites; None: of none."""
+        if self._waits:
+            self._lib.llama_synchronize(self.pointer)
+        address = self._results(self.pointer)
+        if not address or not count:
+            return None
+        known, values = self._seen
+        if known != address or len(values) != count:
+            memory: Any = (self._row_type * count).from_address(address)
+            values = np.frombuffer(memory, np.float32).reshape(count, -1)
+            self._seen = address, values
+        return values
 
     def _logits(self, row: int) -> Float32:
         """A view (V,) of what the next call overwrites."""

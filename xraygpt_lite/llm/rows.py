@@ -28,10 +28,11 @@ class Batch:
         self._positions = np.zeros(capacity, np.int32)
         self._counts = np.ones(capacity, np.int32)
         self._sequences = np.zeros(capacity, np.int32)
-        self._outputs = np.zeros(capacity, np.int8)
+        self._outputs = np.zeros(capacity, np.bool_)
         base = self._sequences.ctypes.data
         self._addresses = (base + 4 * np.arange(capacity)).astype(np.uintp)
         self._rows: Float32 | None = None
+        self._count = 0
         self.struct = library().llama_batch()
         kinds = dict(self.struct._fields_)
         # The field as an address: each of numpy's pointers leaves a cycle behind, which Python has to look for.
@@ -45,18 +46,18 @@ class Batch:
             pos=self._positions.ctypes.data_as(kinds["pos"]),
             n_seq_id=self._counts.ctypes.data_as(kinds["n_seq_id"]),
             seq_id=self._addresses.ctypes.data_as(kinds["seq_id"]),
-            logits=self._outputs.ctypes.data_as(kinds["logits"]),
+            logits=self._outputs.view(np.int8).ctypes.data_as(kinds["logits"]),
         )
 
     @property
     def rows(self) -> int:
         """Number of rows in it."""
-        return int(self.struct.n_tokens)
+        return self._count
 
     @property
     def outputs(self) -> npt.NDArray[np.bool_]:
         """Which rows (n,) give logits."""
-        return self._outputs[: self.rows].astype(np.bool_)
+        return self._outputs[: self._count].copy()
 
     def put(
         self,
@@ -88,4 +89,4 @@ class Batch:
         else:
             self._rows = np.ascontiguousarray(content, np.float32)
             self.struct.token, self._embd.value = None, self._rows.ctypes.data
-        self.struct.n_tokens = count
+        self.struct.n_tokens = self._count = count

@@ -217,13 +217,13 @@ def test_several_at_once_are_not_guessed(
     """A call that several answers fill has no room to spare; the last one left alone may be guessed again."""
     engine = guessing[1]
     alone: list[int] = []
-    leap = engine._core._leap
+    step = engine._core._step_alone
 
-    def watched(request: Any, guesser: Speculation) -> None:
+    def watched(request: Any) -> None:
         alone.append(sum(not each.done.is_set() for each in engine._core._active))
-        leap(request, guesser)
+        step(request)
 
-    monkeypatch.setattr(engine._core, "_leap", watched)
+    monkeypatch.setattr(engine._core, "_step_alone", watched)
     slots = [engine.open() for _ in range(2)]
     streams = [
         slot.generate(segments(n), Sampling(max_tokens=30), stop_ids=(), reader=reader())
