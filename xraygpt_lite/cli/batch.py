@@ -140,8 +140,9 @@ def command(
 
 
 def _warn(model: XrayModel) -> None:
-    if model.plan.sequences > 1 and not model.exact:
-        kind = model.bundle.manifest.weight_types["llm"]
+    """Say where answers depend, by more than float weights' rounding, on those that are written beside them."""
+    kind = model.bundle.manifest.weight_types["llm"]
+    if model.plan.sequences > 1 and not model.exact and kind not in ("f32", "f16", "bf16"):
         console.warn(
             f"{model.plan.sequences} answers are written at a time, and with {kind} weights that changes how sums are "
             "rounded on this machine: words may differ from those of summarize. With --parallel 1 they do not"
