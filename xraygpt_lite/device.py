@@ -88,7 +88,7 @@ def slow_weights(kind: str, cpu: str) -> str | None:
         return None
     shares = zip(SPEEDS[cpu].get(kind, (1.0, 1.0, 1.0)), _USES, strict=True)
     slow = [f"{share:.1f} times as fast as the fastest type for {use}" for share, use in shares if share < _SLOW]
-    return f"{', '.join(slow)}; the fastest in all is --quant {_fastest(cpu)}" if slow else None
+    return f"{', '.join(slow)}; convert with --quant {_fastest(cpu)}, the fastest in all" if slow else None
 
 
 def best_weights() -> str:

@@ -111,5 +111,5 @@ def test_slow_weights_are_named_where_the_cpu_is_known(package: Path, monkeypatc
     monkeypatch.setattr(doctor, "LARGE", 1)
     assert (
         "nih-tiny (f32) is 0.4 times as fast as the fastest type for eight answers at once; "
-        "the fastest in all is --quant q4_0"
+        "convert with --quant q4_0, the fastest in all"
     ) in checks()["weight types"].detail

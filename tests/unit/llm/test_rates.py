@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -74,6 +75,27 @@ def test_its_rows_are_the_engine_s(
             bare.run(mixed, said.calls)
     assert calls == ours[: -said.calls] == [20, 32, 32, 26]
     assert ours[-said.calls :] == [1] * said.calls  # a bare loop's steps do not pass the context's own call
+
+
+def test_the_loop_has_the_engine_s_thread_and_measuring_one_that_ends(
+    tiny: Any, mixed: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP's threads stay with the one that calls: with a second set of them, both would be measured too slow."""
+    names: set[str] = set()
+    real = native.Context.decode
+
+    def watched(self: native.Context, batch: native.Batch) -> None:
+        names.add(threading.current_thread().name)
+        real(self, batch)
+
+    monkeypatch.setattr(native.Context, "decode", watched)
+    with Engine(tiny.gguf, ALONE) as engine, rates.Bare(engine) as bare:
+        bare.run(mixed, 2)
+        assert names == {engine._core._thread.name}
+    names.clear()
+    rates.step_seconds(tiny.gguf, ALONE, (1, 2))
+    assert len(names) == 1
+    assert not names & {thread.name for thread in threading.enumerate()}
 
 
 def test_its_context_is_closed_before_the_engine(tiny: Any) -> None:
