@@ -26,6 +26,7 @@ class AnswerReader:
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = [stop.encode() for stop in stops if stop]
+        self._find = re.compile(b"|".join(map(re.escape, self._stops)) or b"(?!)").search
         self._beginnings = tuple({stop[:length] for stop in self._stops for length in range(1, len(stop))})
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = b""
@@ -40,17 +41,15 @@ class AnswerReader:
         """Take one token's bytes; return the text that is now certain to be part of the answer."""
         if self.stopped:
             return ""
-        data = self._held + piece
-        found = [stop for stop in self._stops if stop in data]
+        data, self._held = self._held + piece, b""
+        found = self._find(data)
         if found:
             self.stopped = True
-            self._held = b""
-            return self._release(data[: min(map(data.find, found))])
-        keep = 0
+            return self._release(data[: found.start()])
         if data.endswith(self._beginnings):  # seldom
             keep = max(_overlap(data, stop) for stop in self._stops)
-        self._held = data[len(data) - keep :]
-        return self._release(data[: len(data) - keep])
+            data, self._held = data[: len(data) - keep], data[len(data) - keep :]
+        return self._release(data)
 
     def finish(self) -> str:
         """The rest of the text, once no more bytes come."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -77,11 +78,27 @@ def test_what_onnx_runtime_refuses_is_named(bundle: Bundle) -> None:
         encoder.features(small)
 
 
-def test_the_threads_of_every_session_sleep_between_images(bundle: Bundle) -> None:
-    options = vision.open_graph(bundle.vision, DevicePlan(threads=3, encoder_threads=2)).get_session_options()
+@pytest.mark.parametrize(("sequences", "spinning"), [(1, "1"), (2, "0")])
+def test_threads_wait_spinning_for_each_other_where_one_radiograph_is_waited_for(
+    bundle: Bundle, sequences: int, spinning: str
+) -> None:
+    plan = DevicePlan(threads=3, encoder_threads=2, sequences=sequences)
+    options = vision.open_graph(bundle.vision, plan).get_session_options()
     assert options.intra_op_num_threads == 2
     assert options.inter_op_num_threads == 1
-    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == spinning
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_threads_sleep_between_images(bundle: Bundle) -> None:
+    session = vision.open_graph(bundle.vision, DevicePlan(threads=2))
+    spent = []
+    for _ in range(3):
+        session.run(["features"], {"pixels": pixels(1).data})
+        began = time.process_time()
+        time.sleep(0.1)
+        spent.append(time.process_time() - began)
+    assert min(spent) < 0.01  # of processor time; they would spin for 0.03 s
 
 
 @pytest.mark.parametrize("error", [AttributeError, OSError, TypeError])

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..errors import CancelledError, ClosedError, NativeError, UsageError, XrayError
 from ..values import DevicePlan
+from .beginnings import Beginnings
 from .native import Batch, Context, Model
 from .openings import Openings
 from .requests import Cut, Generate, Request, Trace
@@ -58,9 +59,7 @@ class Core:
         self._holders: dict[int, int] = {}
         self._inbox: SimpleQueue[Request | Held | None] = SimpleQueue()
         self._active: list[Request] = []
-        # Sequence → the token ids of the opening rows in its cache, whoever holds it.
-        self._openings: dict[int, bytes] = {}
-        self._store = openings
+        self._beginnings = Beginnings(self.context, openings)
         self._speculation = None
         if phrases is not None:
             self._speculation = Speculation(self.model.tokenize(each, leading_space=True).tolist() for each in phrases)
@@ -184,7 +183,7 @@ class Core:
 
     def _free_sequence(self, held: Held) -> None:
         self._fail([r for r in self._active if r.held is held], CancelledError("the slot was closed"))
-        self._rewind(held.id)
+        self._beginnings.rewind(held.id)
         with self.lock:
             self._free.append(held.id)
             # Neighbouring ids share a decode call's micro-batch: keep the used ones low.
@@ -198,7 +197,8 @@ class Core:
         """
         waiting = [r for r in self._active if r.chunks or isinstance(r, (Cut, Trace))]
         for request in waiting:
-            self._share_opening(request)
+            if request.opening is not None and self._beginnings.share(request.held.id, request.opening):
+                request.opening, request.held.rows = None, len(request.chunks.popleft().content)
         if not waiting:
             return 0
         if not waiting[0].chunks:
@@ -208,7 +208,7 @@ class Core:
         first = together[0].chunks[0]
         rows = len(first.content)
         for request in together:
-            self._overwrite(request.held)
+            self._beginnings.overwrite(request.held.id, request.held.rows)
         starts = np.array([request.held.rows for request in together])
         self._batch.put(
             np.concatenate([request.chunks[0].content for request in together]),
@@ -219,7 +219,7 @@ class Core:
         if self._decode(together):
             for number, request in enumerate(together):
                 if request.opening is not None:
-                    self._keep_opening(request.held.id, request.opening)
+                    self._beginnings.keep(request.held.id, request.opening)
                     request.opening = None
                 request.held.rows += rows
                 request.chunks.popleft()
@@ -244,88 +244,42 @@ class Core:
                 openings.add(request.opening)
         return sorted(together, key=lambda request: request.held.id)
 
-    def _share_opening(self, request: Request) -> None:
-        """Let a request begin behind opening rows that are in the cache already, its own sequence's or a copy."""
-        if request.opening is None:
-            return
-        target, rows = request.held.id, len(request.chunks[0].content)
-        alike = (sequence for sequence, ids in self._openings.items() if ids == request.opening)
-        first = sorted(alike, key=lambda sequence: sequence != target)  # its own, if it has them
-        holder = next((sequence for sequence in first if self.context.length(sequence) >= rows), None)
-        if holder is None and not self._recall(target, request.opening, rows):
-            return
-        if holder not in (None, target):
-            self.context.cut(target, 0)
-            self.context.copy(holder, target)
-        self.context.cut(target, rows)
-        self._openings[target], request.opening = request.opening, None
-        request.held.rows = rows
-        request.chunks.popleft()
-
-    def _keep_opening(self, sequence: int, opening: bytes) -> None:
-        """Remember what a sequence begins with, and put its rows, nothing else being there yet, into the store."""
-        self._openings[sequence] = opening
-        if self._store:
-            self._store.put(opening, lambda: self.context.save(sequence))
-
-    def _recall(self, sequence: int, opening: bytes, rows: int) -> bool:
-        """Take opening rows from the store; False where it has none that fit."""
-        state = self._store.get(opening) if self._store else None
-        if state is None:
-            return False
-        self._openings.pop(sequence, None)
-        self.context.cut(sequence, 0)
-        try:
-            self.context.restore(sequence, state)
-            if self.context.length(sequence) == rows:
-                return True
-        except NativeError:  # of another form: as if it were not there
-            pass
-        self.context.cut(sequence, 0)
-        return False
-
-    def _overwrite(self, held: Held) -> None:
-        """Forget opening rows that the next ones will replace."""
-        if held.rows < self._opening_rows(held.id):
-            del self._openings[held.id]
-            self.context.cut(held.id, held.rows)
-
-    def _rewind(self, sequence: int) -> None:
-        """Empty a sequence but for its opening."""
-        rows = self._opening_rows(sequence)
-        if self.context.length(sequence) < rows:
-            del self._openings[sequence]
-            rows = 0
-        self.context.cut(sequence, rows)
-
-    def _opening_rows(self, sequence: int) -> int:
-        return len(self._openings.get(sequence, b"")) // np.dtype(np.int32).itemsize
-
     def _ready(self) -> list[Generate]:
         """Requests that generate and have nothing else to do first."""
         return [r for r in self._active if isinstance(r, Generate) and not r.chunks and not r.cancelled]
 
     def _step(self, ready: Sequence[Generate]) -> None:
-        """Decode one row of every request that generates, in one call."""
-        if not ready:
-            return
+        """Decode the next rows of all requests that generate, for as long as there is nothing else to do."""
         if len(ready) == 1:
             self._step_alone(ready[0])
-            return
-        rows = sorted((r.held.id, r.ids[-1], r.held.rows, r.wants_logits) for r in ready)
+            while self._active == ready and self._inbox.empty():
+                self._step_alone(ready[0])
+        elif ready:
+            self._step_together(sorted(ready, key=lambda request: request.held.id))
+
+    def _step_together(self, ready: Sequence[Generate]) -> None:
+        """Decode a row of each request, by rising sequence, in one call; and so on until there is other work."""
+        rows = [(r.held.id, r.ids[-1], r.held.rows, r.wants_logits) for r in ready]
         between = self._between([row[0] for row in rows])
-        if between:
-            rows = sorted([*rows, *((sequence, 0, length, False) for sequence, length in between.items())])
+        rows = sorted([*rows, *((sequence, 0, length, False) for sequence, length in between.items())])
         order, tokens, places, outputs = zip(*rows, strict=True)
         self._batch.put(np.array(tokens, np.int32), places, order, outputs)
-        decoded = self._decode(ready)
-        for sequence, length in between.items():
-            self.context.cut(sequence, length)
-        if decoded:
-            at = dict(zip(order, range(len(order)), strict=True))
-            for request in ready:
+        at = [(request, (order.index(request.held.id),)) for request in ready]
+        lasting = len(ready) == len(self._active) and not between
+        while True:
+            decoded = self._decode(ready)
+            for sequence, length in between.items():
+                self.context.cut(sequence, length)
+            if not decoded:
+                return
+            for request, row in at:
                 request.held.rows += 1
-                self._advance(request, (at[request.held.id],))
+                self._advance(request, row)
+            # None has ended, and none is at its last row.
+            lasting = lasting and len(self._active) == len(ready) and all([r.wants_logits for r in ready])
+            if not lasting or not self._inbox.empty():
+                return
+            self._batch.follow([request.ids[-1] for request in ready])
 
     def _between(self, sequences: Sequence[int]) -> dict[int, int]:
         """Sequences in small gaps between rising others, and how many rows each holds.
@@ -344,19 +298,23 @@ class Core:
 
     def _step_alone(self, request: Generate) -> None:
         """Decode the next row of the only request that generates, and those of guesses at what follows it."""
-        speculation = self._speculation if self._speculation and request.guessable else None
-        began, before, guesses = time.perf_counter(), len(request.ids), list[int]()
-        if speculation:
-            guesses = speculation.guess(request.ids, min(request.guessable, self.context.batch - 1))
-        rows, first = 1 + len(guesses), request.held.rows
+        held, speculation = request.held, self._speculation if request.guessable else None
+        if speculation is None:
+            self._batch.put_token(request.ids[-1], held.rows, held.id, request.wants_logits)
+            if self._decode([request]):
+                held.rows += 1
+                self._advance(request, (0,))
+            return
+        began, before = time.perf_counter(), len(request.ids)
+        guesses = speculation.guess(request.ids, min(request.guessable, self.context.batch - 1))
+        rows = 1 + len(guesses)
         content = np.array([request.ids[-1], *guesses], np.int32)
-        self._batch.put(content, first + np.arange(rows) if guesses else first, request.held.id, request.wants_logits)
+        self._batch.put(content, held.rows + np.arange(rows), held.id, request.wants_logits)
         if self._decode([request]):
-            request.held.rows += rows
+            held.rows += rows
             self._advance(request, range(rows), guesses)
-            if speculation:
-                speculation.called(len(guesses), len(request.ids) - before - 1, time.perf_counter() - began)
-                speculation.learn(request.ids, before)
+            speculation.called(len(guesses), len(request.ids) - before - 1, time.perf_counter() - began)
+            speculation.learn(request.ids, before)
 
     def _search(self) -> None:
         """Take one step of every beam search; each decodes in a context of its own."""
@@ -369,7 +327,7 @@ class Core:
                 self.context.decode(self._batch)
         except NativeError as error:
             for request in requests:
-                self._openings.pop(request.held.id, None)
+                self._beginnings.forget(request.held.id)
             self._fail(requests, error)
             return False
         return True
@@ -394,7 +352,7 @@ class Core:
             if rows:
                 self.context.cut(request.held.id, rows)
             else:
-                self._rewind(request.held.id)
+                self._beginnings.rewind(request.held.id)
             request.held.rows, request.held.tail = rows, tail
             self._active.remove(request)
             request.end(error)

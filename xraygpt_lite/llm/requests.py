@@ -216,21 +216,19 @@ class Generate(Answer):
         """
         draft = self._draft
         self._calls += bool(draft.ids)
-        if not self.wants_logits:
+        if draft.finish is not None:
             self._complete(context, draft, self._unseen)
             return
         if not rows:
             return
         if not draft.ids:
             self._prefilled = time.perf_counter()
-        used = 0
-        for row, guess in zip(rows, (*guesses, None), strict=True):
+        for used, row in enumerate(rows, 1):
             token = self._sampler.sample(context, row)
             text = draft.add(token, context.model.piece(token))
             if text and self._pieces:
                 self.events.put(text)
-            used += 1
-            if token != guess or draft.finish is not None:
+            if draft.finish is not None or used > len(guesses) or token != guesses[used - 1]:
                 break
         if used < len(rows):
             self.held.rows -= len(rows) - used

@@ -160,6 +160,29 @@ def test_sequences_do_not_see_each_other(context: native.Context) -> None:
     assert np.abs(context.logits(1) - alone).max() > 0.1
 
 
+def test_one_token_and_the_ones_that_follow_several_are_decoded_as_any(model: native.Model, plan: DevicePlan) -> None:
+    context, batch = native.Context(model, replace(plan, sequences=3), 64), native.Batch(8)
+
+    def seen() -> list[Any]:
+        context.decode(batch)
+        return [context.logits(row) for row in np.flatnonzero(batch.outputs)]
+
+    batch.put(np.array([5, 6, 7], np.int32), 0, [0, 1, 2], True)
+    seen()
+    batch.follow([8, 9, 10])
+    together = seen()
+    batch.put(model.embed(np.array([11], np.int32)), 2, 1, True)
+    seen()
+    batch.put_token(12, 3, 1, False)  # rows of another kind, and more of them, were in it
+    assert seen() == []
+    batch.put_token(13, 4, 1, True)
+    alone = seen()
+    context.cut(1, 0)
+    batch.put(np.array([6, 9, 11, 12, 13], np.int32), np.arange(5), 1, [False, True, False, False, True])
+    np.testing.assert_allclose(seen(), [together[1], alone[0]], atol=1e-5)
+    context.close()
+
+
 def test_the_likeliest_token_of_each_row_that_gives_logits(model: native.Model, plan: DevicePlan) -> None:
     """Rows of several sequences, in any order, as llama.cpp splits them and puts them together again."""
     context, batch = native.Context(model, replace(plan, sequences=5), 64), native.Batch(8)

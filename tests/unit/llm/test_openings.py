@@ -165,5 +165,5 @@ def test_no_history_changes_an_answer(
                 list(turn)
             elif what == "turn":
                 list(slot.generate([segments(prompt)[2]], SAMPLING, stop_ids=(), reader=reader()))
-    held = {seq: len(ids) // 4 for seq, ids in engine._core._openings.items()}
+    held = {seq: len(ids) // 4 for seq, ids in engine._core._beginnings._known.items()}
     assert all(engine._core.context.length(sequence) >= rows for sequence, rows in held.items())
