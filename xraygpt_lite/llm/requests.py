@@ -216,7 +216,7 @@ class Generate(Answer):
         """
         draft = self._draft
         self._calls += bool(draft.ids)
-        if draft.finish is not None:
+        if not self.wants_logits:
             self._complete(context, draft, self._unseen)
             return
         if not rows:
