@@ -59,16 +59,18 @@ def compare(bundle: Bundle, images: Iterator[bytes]) -> dict[str, Any]:
     """Both ways over the same radiographs, one image after another."""
     said: dict[bool, list[Summary]] = {False: [], True: []}
     calls: dict[bool, int] = {False: 0, True: 0}
-    with models.open_bundle(bundle) as plain, models.open_bundle(bundle, speculation=True) as guessing:
-        opened = {False: plain, True: guessing}
-        seen = {which: counted(model) for which, model in opened.items()}
+    # One engine for both: the OpenMP threads of two slow each other down.
+    with models.open_bundle(bundle, speculation=True) as model:
+        core, seen = model._engine._core, counted(model)
+        table = core._speculation
+        before = 3  # calls before the answer: the opening, the first time; the image; the question
         for image in images:
-            for which, model in opened.items():
-                summary = model.summarize(io.BytesIO(image).getvalue())
-                said[which].append(summary)
-                # Of those before the answer: the opening where it was not in the cache, the image, the question.
-                calls[which] += len(seen[which]) - (3 if not calls[which] else 2)
-                seen[which].clear()
+            for guessing in said:
+                core._speculation = table if guessing else None
+                said[guessing].append(model.summarize(io.BytesIO(image).getvalue()))
+                calls[guessing] += len(seen) - before
+                before = 2
+                seen.clear()
     tokens = sum(summary.answer_tokens for summary in said[False])
     seconds = {which: sum(one.timings.generate for one in each) for which, each in said.items()}
     return {
