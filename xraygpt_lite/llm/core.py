@@ -298,8 +298,8 @@ class Core:
 
     def _step_alone(self, request: Generate) -> None:
         """Decode the next row of the only request that generates, and those of guesses at what follows it."""
-        held, speculation = request.held, self._speculation if request.guessable else None
-        if speculation is None:
+        held, speculation = request.held, self._speculation
+        if speculation is None or not request.guessable:
             self._batch.put_token(request.ids[-1], held.rows, held.id, request.wants_logits)
             if self._decode([request]):
                 held.rows += 1
