@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,6 +194,18 @@ def test_nothing_is_left_running_when_a_caller_gives_up(monkeypatch: pytest.Monk
         runner._child({}, interrupted)
     with pytest.raises(ProcessLookupError):
         os.kill(running[0], 0)
+
+
+def test_the_measured_process_ends_with_its_caller(made_bundle: Path) -> None:
+    request = {**REQUEST, "bundle": str(made_bundle), "repeats": 100_000}
+    with subprocess.Popen(runner.PROGRAM, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin
+        assert child.stdout
+        child.stdin.write(json.dumps(request) + "\n")
+        child.stdin.flush()
+        assert "doing" in child.stdout.readline()
+        child.stdin.close()  # as when the caller was killed
+        assert child.wait(30) == 1
 
 
 class TestMachine:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,8 @@ class Run(Closing):
     stop
         Once it is set, iterating raises KeyboardInterrupt, at a moment when nothing native is at work in this thread:
         raised by a signal handler it may be lost there.
+    doing
+        Told in words what takes time before the first record.
 
     Attributes
     ----------
@@ -101,6 +103,7 @@ class Run(Closing):
         file_timeout: float = FILE_TIMEOUT,
         max_failures: int | None = None,
         stop: threading.Event | None = None,
+        doing: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._inputs, self._max_failures = inputs, max_failures
         self.done = self.failed = self.skipped = 0
@@ -131,7 +134,7 @@ class Run(Closing):
             rows = sizing.rows(found, self._asked, ask.variant, sampling.max_tokens, findings=ask.findings)
             plan = partial(models.plan, found, device=device, threads=threads, context=models.fitting(found, rows))
             shared = plan()
-            many, llm_threads, because = sizing.sequences(found, shared, parallel)
+            many, llm_threads, because = sizing.sequences(found, shared, parallel, doing)
             if count is not None and count < many:
                 many, because = max(1, count), (*because, f"{max(1, count)} sequences: no more inputs than that")
             split = llm_threads if llm_threads < shared.threads else None

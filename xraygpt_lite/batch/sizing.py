@@ -7,7 +7,7 @@ but to measure.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -45,11 +45,13 @@ def rows(bundle: Bundle, asked: Sequence[prompt.Asked], variant: str | None, ans
         model.close()
 
 
-def sequences(bundle: Bundle, plan: DevicePlan, wanted: int | None = None) -> tuple[int, int, tuple[str, ...]]:
+def sequences(
+    bundle: Bundle, plan: DevicePlan, wanted: int | None = None, doing: Callable[[str], object] = lambda _: None
+) -> tuple[int, int, tuple[str, ...]]:
     """How many radiographs to answer for at once with this plan, with how many of its threads, and why.
 
     `wanted` is the number that was asked for. It is measured once for a bundle, build, CPU and number of threads, and
-    remembered; memory is looked at every time.
+    remembered; memory is looked at every time. `doing` is told when something has to be measured.
     """
     cache = Cache(device.cache_folder())
     key = f"{bundle.id} {native.build_id()} {selftest.cpu_id()} {plan.threads} {plan.gpu_layers}"
@@ -59,6 +61,7 @@ def sequences(bundle: Bundle, plan: DevicePlan, wanted: int | None = None) -> tu
         seconds = {threads: dict(zip(CANDIDATES, known[str(threads)], strict=True)) for threads in several}
         encoder = float(known["encoder"])
     except (TypeError, KeyError, ValueError):  # never measured, or by another version
+        doing("measuring how many radiographs at once are fastest with this bundle on this machine, which is done once")
         seconds = {
             threads: rates.step_seconds(bundle.llm, replace(plan, threads=threads), CANDIDATES) for threads in several
         }

@@ -3,14 +3,17 @@
 Then, its peak of memory noted, it measures what the machine could do (`ceilings`). It is a program of its own, so that
 its times and memory are those of a run and of nothing else; so it imports what it measures only when that is timed.
 
-Standard input has the request, one JSON object. Standard output gets objects, one a line: {"doing": what comes now},
-and at last {"samples": name → values, "facts": …} or {"error": class, "message": …}.
+Standard input has the request, one JSON object on a line, and stays open: where it ends, nobody waits for the answer
+any more, and this process ends, too. Standard output gets objects, one a line: {"doing": what comes now}, and at last
+{"samples": name → values, "facts": …} or {"error": class, "message": …}.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -216,9 +219,17 @@ def _about(model: XrayModel) -> dict[str, Any]:
     }
 
 
+def _end_with_the_caller() -> None:
+    """It is gone when it cannot write any more. Past the buffered reader, whose lock Python wants when it ends."""
+    while os.read(sys.stdin.fileno(), 1):
+        pass
+    os._exit(1)
+
+
 def main() -> int:
     """Answer the request on standard input; the exit status is 0 wherever an answer was given."""
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
 
     def put(answer: dict[str, Any]) -> None:
         sys.stdout.write(json.dumps(answer) + "\n")

@@ -154,9 +154,12 @@ def _talk(child: subprocess.Popen[str], request: str, doing: Callable[[str], obj
     """The child's last answer, {} where there was none. What a native library prints in between is passed over."""
     assert child.stdin
     assert child.stdout
-    with suppress(BrokenPipeError):  # it has ended: its status tells more
-        child.stdin.write(request)
-        child.stdin.close()
+    try:
+        child.stdin.write(request + "\n")
+        child.stdin.flush()  # and not closed: the child ends where this process does
+    except BrokenPipeError:  # it has ended: its status tells more
+        with suppress(BrokenPipeError):
+            child.stdin.close()
     answer: dict[str, Any] = {}
     for line in child.stdout:
         with suppress(ValueError):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _I = TypeVar("_I", bound="Input | None")
 _ORDERS = ("name", "given", "newest", "oldest", "random")
 _RENDERED = ("csv", "html")
+_TOLD = ("auto", "plain")
+"""Ways of telling the progress that have words beside it."""
 
 
 @click.command("batch")
@@ -118,11 +120,11 @@ def command(
                 source, ask, output=Path(output), count=count, shard=part, bundle=bundle, device=device,
                 threads=threads, parallel=parallel, identifiers=not no_identifiers, restart=restart,
                 retry_failed=retry_failed, file_timeout=file_timeout, max_failures=max_failures,
-                stop=None if watch else stop,
+                stop=None if watch else stop, doing=console.doing if progress in _TOLD else lambda _: None,
             ) as run,
             Tally(progress, count) as tally,
         ):  # fmt: skip
-            if progress in ("auto", "plain"):
+            if progress in _TOLD:
                 _warn(run.model)
             try:
                 for _ in run:

@@ -96,16 +96,12 @@ def command(
             repeats=repeats,
             speculation=not no_speculation,
             prompt_cache=not no_prompt_cache,
-            doing=_doing if sys.stderr.isatty() else lambda _: None,
+            doing=console.doing if sys.stderr.isatty() else lambda _: None,
         )
     if target:
         target.write(picture.svg(figures).encode())
     console.out(json.line(figures) if as_json else "".join(_tables(figures)))
     return 0
-
-
-def _doing(what: str) -> None:
-    click.echo(f"{what} …", err=True)
 
 
 def _tables(figures: dict[str, Any]) -> Iterator[str]:

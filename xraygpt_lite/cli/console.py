@@ -46,6 +46,11 @@ def warn(message: str) -> None:
     _say("warning", message)
 
 
+def doing(what: str) -> None:
+    """Say what now takes time."""
+    click.echo(f"{what} …", err=True)
+
+
 def _say(kind: str, message: str) -> None:
     click.echo(f"{PROGRAM}: {kind}: {one_line(message)}", err=True)
 

@@ -51,10 +51,13 @@ def test_steps_are_measured(bundle: Bundle) -> None:
 def test_it_is_measured_once(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XRAYGPT_LITE_CACHE", str(tmp_path))
     plan = models.plan(bundle, threads=1)
-    first = sizing.sequences(bundle, plan)
+    told: list[str] = []
+    first = sizing.sequences(bundle, plan, doing=told.append)
     assert f"{first[0]} sequences: measured here" in first[2][0]
+    assert [what.split()[0] for what in told] == ["measuring"]
     monkeypatch.setattr(rates, "step_seconds", None)  # would fail if it were called
-    assert sizing.sequences(bundle, plan)[0] == first[0]
+    assert sizing.sequences(bundle, plan, doing=told.append)[0] == first[0]
+    assert len(told) == 1
 
 
 def test_the_fewest_of_the_fastest_are_chosen() -> None:
