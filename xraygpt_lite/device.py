@@ -24,6 +24,9 @@ WORTH = 1.7
 SMALL = 0.2
 """An encoder that takes less than this share of an answer's time gets no threads of its own, which would be idle."""
 TYPICAL_ANSWER = 100
+STEP_BYTES = 4_000_000
+"""Of weights that a thread must have to read for each token. With less it gains little, and all threads wait for each
+other dozens of times a token, which is long where other programs are at work."""
 GPU_RESERVE = 768 * 2**20
 """Of a GPU's free memory, kept for compute buffers and the driver."""
 TILES, VECTORS = "a CPU with AVX-512 and AMX", "a CPU with AVX-512 VNNI and no AMX"
@@ -138,6 +141,7 @@ def plan(
     sequences: int = 1,
     llm_threads: int | None = None,
     because: Sequence[str] = (),
+    token_bytes: int | None = None,
     load: Load | None = None,
     gpu_free: int | None = None,
 ) -> DevicePlan:
@@ -161,6 +165,8 @@ def plan(
         The language model's, where the encoder is to have the others and to run at the same time.
     because
         Reasons of the last two, where somebody chose.
+    token_bytes
+        Of the weights that are read for one token; None: many.
     load, gpu_free
         What the bundle would take, and the bytes that the GPU can give. Where they are not known, all is put there.
 
@@ -203,11 +209,17 @@ def plan(
         f"{threads} threads were asked for" if threads else f"{cores()} threads: one for each core of this process",
     ]
     reasons += because
+    used = step_threads = llm_threads or threads or cores()
+    if token_bytes is not None and threads is None:
+        step_threads = min(used, max(1, round(token_bytes / STEP_BYTES)))
+        if step_threads < used:
+            reasons.append(f"{step_threads} of them for one answer's steps, which read {token_bytes / 1e6:.1f} MB each")
     return DevicePlan(
         device="cuda" if use_vision or use_llama else "cpu",
         providers=(CUDA, CPU) if use_vision else (CPU,),
         gpu_layers=layers if use_llama else 0,
-        threads=llm_threads or threads or cores(),
+        threads=used,
+        step_threads=step_threads,
         encoder_threads=(threads or cores()) - llm_threads if llm_threads else 0,
         context=context or min(DEFAULT_CONTEXT, trained_context),
         sequences=sequences,

@@ -25,8 +25,13 @@ LARGE = 10**9
 _PACKAGES = ("numpy", "pillow", "pydicom", "click", "platformdirs")
 
 
-def run() -> list[Check]:
+def run(bundle: str | None = None) -> list[Check]:
     """Gather the facts.
+
+    Parameters
+    ----------
+    bundle
+        One more whose weights are to be looked at: a name or a path.
 
     Returns
     -------
@@ -48,7 +53,7 @@ def run() -> list[Check]:
     checks.append(_after(checks, ("onnxruntime", "llama.cpp self-test"), "GPU", _gpu))
     checks.append(_cache_folder(cache))
     checks.append(Check("installed bundles", "ok", _bundles()))
-    checks.append(_check("weight types", _weight_types))
+    checks.append(_check("weight types", lambda: _weight_types(bundle)))
     return checks
 
 
@@ -135,17 +140,21 @@ def _bundles() -> str:
     return f"{found}; yours are kept in {store.user_folder()}"
 
 
-def _weight_types() -> str:
-    """Which bundles have weights of a type that is slow on this class of CPU."""
+def _weight_types(bundle: str | None) -> str:
+    """Which bundles have weights of a type that is slow on this class of CPU, and which type is the fastest."""
+    paths = {item.path.resolve(): item.name for item in store.installed()}
+    if bundle is not None:
+        paths.setdefault(store.find(bundle).resolve(), bundle)
     cpu = device.cpu_class()
     if cpu is None:
         known = " and ".join(device.SPEEDS)
         return f"speeds are known for {known} only, which this is not; measure with: xraygpt-lite bench"
     found = []
-    for item in store.installed():
-        manifest = store.inspect(item.path)[0]
+    for path, name in paths.items():
+        manifest = store.inspect(path)[0]
         kind = manifest.weight_types["llm"]
         size = next(entry.size for entry in manifest.files if entry.name == "llm.gguf")
         if size >= LARGE and (slow := device.slow_weights(kind, cpu)):
-            found.append(f"{item.name} ({kind}) is {slow}")
-    return "; ".join(found) or f"no bundle has a slow one for {cpu}"
+            found.append(f"{name} ({kind}) is {slow}")
+    fastest = f"--quant auto takes {device.best_weights()} for a large one"
+    return "; ".join(found) or f"no bundle has a slow one for {cpu}, where {fastest}"

@@ -150,6 +150,7 @@ def plan(
         sequences=sequences,
         llm_threads=llm_threads,
         because=because,
+        token_bytes=header.token_bytes,
         load=_gpu_load(bundle, header, cells * sequences),
         gpu_free=native.gpu_memory() if device != "cpu" else None,
     )
@@ -283,7 +284,8 @@ class XrayModel(Closing):
         """How likely each choice is as the answer: probabilities that sum to 1.
 
         The softmax over the choices of each one's summed token log-probabilities; a choice is tokenized as a
-        continuation of the prompt, and its sum is not divided by its length.
+        continuation of the prompt, and its sum is not divided by its length. So spell it as the model begins its
+        answers: "Yes", where "yes" may hardly ever come.
 
         Raises
         ------

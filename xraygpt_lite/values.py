@@ -299,6 +299,8 @@ class DevicePlan:
         Layers of the language model that are offloaded; -1 = all, 0 = none.
     threads
         Threads of the language model.
+    step_threads
+        Most threads of a call with one row.
     encoder_threads
         Threads of the encoder; 0: the same ones, in turn.
     context
@@ -317,6 +319,7 @@ class DevicePlan:
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     gpu_layers: int = 0
     threads: int = 1
+    step_threads: int = 1024
     encoder_threads: int = 0
     context: int = 2048
     batch: int = 512

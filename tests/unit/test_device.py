@@ -24,6 +24,18 @@ def test_auto_without_a_gpu_runs_on_the_cpu_and_says_why() -> None:
     assert chosen.threads == device.cores()
 
 
+def test_threads_wait_for_each_other_where_each_has_enough_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "cores", lambda: 6)
+    small = plan("cpu", token_bytes=2_000_000)
+    assert (small.threads, small.step_threads) == (6, 1)
+    assert "1 of them for one answer's steps, which read 2.0 MB each" in small.reasons
+    assert plan("cpu", token_bytes=13_000_000).step_threads == 3
+    large = plan("cpu", token_bytes=4_000_000_000)
+    assert (large.step_threads, len(large.reasons)) == (6, 3)
+    assert plan("cpu").step_threads == 6
+    assert plan("cpu", threads=4, token_bytes=2_000_000).step_threads == 4  # as was asked for
+
+
 def test_auto_takes_what_gpu_there_is_and_names_the_rest() -> None:
     chosen = plan("auto", llama=True)
     assert (chosen.device, chosen.providers, chosen.gpu_layers) == ("cuda", (device.CPU,), -1)

@@ -27,8 +27,8 @@ def package(tmp_path: Path, made_bundle: Path, monkeypatch: pytest.MonkeyPatch) 
     return folder
 
 
-def checks() -> dict[str, Check]:
-    found = doctor.run()
+def checks(bundle: str | None = None) -> dict[str, Check]:
+    found = doctor.run(bundle)
     assert [check.name for check in found] == NAMES
     assert all(check.detail and "\n" not in check.detail for check in found)
     return {check.name: check for check in found}
@@ -107,9 +107,24 @@ def test_slow_weights_are_named_where_the_cpu_is_known(package: Path, monkeypatc
     monkeypatch.setattr(device, "cpu_features", lambda: ("avx512_vnni",))
     assert "AVX-512 VNNI and no AMX" in checks()["weight types"].detail
     monkeypatch.setattr(device, "SPEEDS", {device.VECTORS: {"f32": (1.0, 0.4, 0.9), "q4_0": (0.9, 1.0, 1.0)}})
-    assert "no bundle has a slow one" in checks()["weight types"].detail  # a small model is fast anyway
+    # A small model is fast anyway.
+    assert "no bundle has a slow one" in (detail := checks()["weight types"].detail)
+    assert "--quant auto takes q4_0" in detail
     monkeypatch.setattr(doctor, "LARGE", 1)
     assert (
         "nih-tiny (f32) is 0.4 times as fast as the fastest type for eight answers at once; "
         "convert with --quant q4_0, the fastest in all"
     ) in checks()["weight types"].detail
+
+
+def test_the_bundle_in_use_is_looked_at_too(
+    package: Path, made_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "cpu_features", lambda: ("avx512_vnni",))
+    monkeypatch.setattr(device, "SPEEDS", {device.VECTORS: {"f32": (1.0, 0.4, 0.9), "q4_0": (0.9, 1.0, 1.0)}})
+    monkeypatch.setattr(doctor, "LARGE", 1)
+    detail = checks(str(made_bundle))["weight types"].detail
+    assert f"{made_bundle} (f32) is 0.4 times as fast" in detail
+    assert checks(str(package))["weight types"].detail.count("times as fast") == 1  # not named twice
+    absent = checks(str(tmp_path / "nowhere"))["weight types"]
+    assert (absent.status, "nowhere" in absent.detail) == ("failed", True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import click
 
-from xraygpt_lite.cli import checks, console
+from xraygpt_lite.cli import checks, console, options
 
 
 @click.command("doctor")
+@options.bundle_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(as_json: bool) -> int:
+def command(bundle: str | None, as_json: bool) -> int:
     """Show what runs here, and whether it runs.
 
     Versions, CPU features, providers, GPU, how llama.cpp was compiled, and a self-test of it in a process of its own.
@@ -17,7 +18,7 @@ def command(as_json: bool) -> int:
     """
     from xraygpt_lite import doctor
 
-    failed = checks.show("xraygpt-lite/doctor/1", doctor.run(), as_json)
+    failed = checks.show("xraygpt-lite/doctor/1", doctor.run(bundle), as_json)
     if failed:
         console.error(f"this installation needs mending: {', '.join(failed)}")
     return 1 if failed else 0

@@ -18,8 +18,12 @@ device_option = click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where it runs."
 )
 
+bundle_option = click.option(
+    "--bundle", metavar="NAME|PATH", envvar=BUNDLE_VAR, show_envvar=True, help="The model's bundle."
+)
+
 _MODEL = (
-    click.option("--bundle", metavar="NAME|PATH", envvar=BUNDLE_VAR, show_envvar=True, help="The model's bundle."),
+    bundle_option,
     device_option,
     click.option("--threads", type=click.IntRange(1, 1024), help="Threads; by default one for each core."),
 )

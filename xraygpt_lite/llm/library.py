@@ -21,13 +21,17 @@ from ..errors import MissingPackageError, NativeError
 
 VERSION = "0.3.36"
 REINSTALL = (
-    'CMAKE_ARGS="-DLLAVA_BUILD=OFF" CXXFLAGS="-fno-tree-dse -fno-dse" pip install --force-reinstall --no-cache-dir '
-    f"--no-binary llama-cpp-python llama-cpp-python=={VERSION}"
+    'CMAKE_ARGS="-DLLAVA_BUILD=OFF" CFLAGS="-fno-tree-dse -fno-dse" CXXFLAGS="-fno-tree-dse -fno-dse" '
+    f"pip install --no-cache-dir --force-reinstall --no-deps llama-cpp-python=={VERSION}"
 )
 EXACT = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 """Types of weights that `exact` holds for where the CPU has AMX."""
 WARNING, ERROR, CONTINUED = 3, 4, 5
 _KEPT_LINES = 2000
+_SPINS = "3000"
+"""How often a thread of GCC's OpenMP looks for the others before it sleeps, as a rule longer than they take. By
+default it looks for a millisecond and more, hundreds of times a token, and where another program is at work keeps the
+very thread that it waits for from the processor. OpenMP reads this once, when it is loaded."""
 _GPU = 1
 _SIZE = ctypes.POINTER(ctypes.c_size_t)
 
@@ -86,6 +90,8 @@ def library() -> Any:
     NativeError
         It is installed, but its library cannot be loaded, or it is of another version.
     """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
     try:
         import llama_cpp
         from llama_cpp import llama_cpp as functions

@@ -195,7 +195,7 @@ class Context:
             n_batch=self.batch,
             n_ubatch=self.batch,
             n_seq_max=plan.sequences,
-            n_threads=plan.threads,
+            n_threads=min(plan.threads, plan.step_threads),
             n_threads_batch=plan.threads,
             offload_kqv=plan.gpu_layers != 0,
             op_offload=plan.gpu_layers != 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -292,6 +293,27 @@ def test_close_order_and_use_after_close(tiny: Any, plan: DevicePlan) -> None:
     model.close()
     with pytest.raises(ClosedError):
         model.tokenize("x", leading_space=True)
+
+
+def test_a_step_may_have_fewer_threads_than_a_prompt(model: native.Model, plan: DevicePlan) -> None:
+    context = native.Context(model, replace(plan, threads=2, step_threads=1), 64)
+    lib = library()
+    assert (lib.llama_n_threads(context.pointer), lib.llama_n_threads_batch(context.pointer)) == (1, 2)
+    context.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_threads_that_wait_sleep_soon_unless_the_user_has_it_otherwise(
+    given: dict[str, str], spins: str | None
+) -> None:
+    code = "import os; from xraygpt_lite.llm.library import library; library(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**plain, **given}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(spins)
 
 
 def test_system_facts() -> None:
