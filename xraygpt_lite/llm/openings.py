@@ -32,6 +32,7 @@ class Openings:
 
     def __init__(self, cache: Cache, bundle: str, plan: DevicePlan) -> None:
         self._cache = cache
+        # Not the context's length: rows do not depend on it, so `summarize` and a batch share them.
         self._model = f"{bundle} {build_id()} {cpu_id()} {plan.gpu_layers} {plan.float32_cache} {plan.batch}"
         # Those that are not there are looked for once in a process, and each is written once.
         self._missing, self._written = set[bytes](), set[bytes]()
