@@ -57,6 +57,8 @@ def read(path: Path, rows: int) -> Sizes:
             f"{path}: {heads} heads, {kv_heads} key-value heads and a head width of {head} do not fit together"
         )
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(scaling, dict):
+        raise ConversionError(f"{path}: rope_scaling is {scaling!r}; expected an object")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ConversionError(f"{path}: rotary scaling of type {kind!r} is not known; 'linear' is")

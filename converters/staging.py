@@ -147,7 +147,7 @@ class Staging:
                 self._output.rename(old)
             try:
                 self.bundle.rename(self._output)
-            except OSError:
+            except BaseException:
                 if old.exists():
                     old.rename(self._output)
                 raise

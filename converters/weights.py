@@ -145,13 +145,17 @@ def measure(
     reference = staging.reference / "llm.gguf"
     graphs = sum(path.stat().st_size for path in staging.reference.glob("*.onnx*"))
     too_large = _physical_memory() < 1.1 * (reference.stat().st_size + graphs)  # both are in memory at once
-    if too_large:
-        reference.unlink()
-        _share(staging.bundle / "llm.gguf", reference)
+    held = staging.reference
+    if too_large:  # beside the reference, which is a finished step's
+        held = staging.folder / "held"
+        held.mkdir(exist_ok=True)
+        for path in staging.reference.glob("*.onnx*"):
+            _share(path, held / path.name)
+        _share(staging.bundle / "llm.gguf", held / "llm.gguf")
     expected: list[compare.Observation] = []
     seen: list[compare.Observation] = []
     progress.counting(lambda: len(expected) + len(seen), 2 * len(radiographs), "radiographs")
-    for folder, observed in ((staging.reference, expected), (staging.bundle, seen)):
+    for folder, observed in ((held, expected), (staging.bundle, seen)):
         with open_bundle(Bundle(folder, draft, ""), device="cpu") as model:
             observed.extend(compare.observe(model, radiographs))  # one by one: they are being counted
     figures = compare.agreement(seen, expected)

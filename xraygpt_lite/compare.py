@@ -69,7 +69,7 @@ def observe(model: XrayModel, radiographs: Iterable[Radiograph]) -> Iterator[Obs
     for radiograph in radiographs:
         tokens = model.tokens_of(radiograph)
         ids = model.generate_ids(radiograph, None, MOST_TOKENS)
-        yield Observation(tokens.data[0], model.trace(tokens, None, ids[:1])[0], ids)
+        yield Observation(tokens.data[0], model.trace(tokens, None, ids[:1] or (0,))[0], ids)
 
 
 def agreement(seen: Sequence[Observation], reference: Sequence[Observation]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from xraygpt_lite import device, vision
 from xraygpt_lite.bundle import store
 from xraygpt_lite.cache import Cache
-from xraygpt_lite.errors import MissingPackageError, XrayError
+from xraygpt_lite.errors import BundleError, MissingPackageError, XrayError
 from xraygpt_lite.llm import native, selftest
 from xraygpt_lite.values import Check
 
@@ -151,7 +151,11 @@ def _weight_types(bundle: str | None) -> str:
         return f"speeds are known for {known} only, which this is not; measure with: xraygpt-lite bench"
     found = []
     for path, name in paths.items():
-        manifest = store.inspect(path)[0]
+        try:
+            manifest = store.inspect(path)[0]
+        except BundleError:
+            found.append(f"{name} cannot be read; run: xraygpt-lite verify {name}")
+            continue
         kind = manifest.weight_types["llm"]
         size = next(entry.size for entry in manifest.files if entry.name == "llm.gguf")
         if size >= LARGE and (slow := device.slow_weights(kind, cpu)):

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from xraygpt_lite import model as models
 from xraygpt_lite.bundle import store
 from xraygpt_lite.cache import Cache
-from xraygpt_lite.errors import BundleError, NativeError, XrayError
+from xraygpt_lite.errors import BundleError, DeviceError, MissingPackageError, NativeError, XrayError
 from xraygpt_lite.llm import selftest
 from xraygpt_lite.model import XrayModel
 from xraygpt_lite.values import Bundle, Check, Float32, Manifest, Radiograph, SelfTest
@@ -66,6 +66,11 @@ def run(path: Path, *, device: str = "auto") -> list[Check]:
     -------
     list of Check
         In the order they were made; the bundle is good when none has failed.
+
+    Raises
+    ------
+    DeviceError, MissingPackageError
+        It cannot be tried on this machine in this way, which says nothing of the bundle.
     """
     checks: list[Check] = []
     with ExitStack() as opened:
@@ -76,6 +81,8 @@ def run(path: Path, *, device: str = "auto") -> list[Check]:
                 continue
             try:
                 checks.append(Check(name, "ok", step()))
+            except (DeviceError, MissingPackageError):  # of the machine, not of the bundle
+                raise
             except XrayError as error:
                 failed = name
                 checks.append(Check(name, "failed", str(error)))

@@ -257,6 +257,9 @@ def test_shards_and_merge(batch: Batch, archive: Path) -> None:
     onward = batch("in", "-o", "all.jsonl")  # a merged journal is one that a run goes on with
     assert last_line(onward).startswith("0 done, 0 failed, 5 done before")
 
+    for nameless in ("", ".", "/"):
+        assert "is no file's name" in error_of(cli("merge", *shards, "-o", nameless), 2)
+        assert "is no file's name" in error_of(cli("batch", "in", "-o", nameless, "--format", "csv"), 2)
     before = Path("all.jsonl").read_bytes()
     assert "exists" in error_of(cli("merge", *shards, "-o", "all.jsonl"), 2)
     assert Path("all.jsonl").read_bytes() == before

@@ -110,6 +110,25 @@ def test_no_picture_of_another_content(invoke: Invoke, archive: Path) -> None:
     assert "1 of 2 radiographs have no picture" in result.stderr
 
 
+def test_a_file_of_another_content_is_not_decoded(
+    invoke: Invoke, archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xraygpt_lite.imaging import read
+
+    decoded: list[object] = []
+    decode = read.decode
+    monkeypatch.setattr(read, "decode", lambda *given: decoded.append(given[1]) or decode(*given))
+    (archive / "b.png").write_bytes(b"\x89PNG\r\n\x1a\nnobody knows")
+    invoke("report", "out.jsonl", "-o", "page.html")
+    assert [Path(str(path)).name for path in decoded] == ["a.png"]
+
+
+def test_a_page_that_is_replaced_keeps_its_permissions(invoke: Invoke, archive: Path) -> None:
+    Path("page.html").touch(0o600)
+    invoke("report", "out.jsonl", "-o", "page.html")
+    assert Path("page.html").stat().st_mode & 0o777 == 0o600
+
+
 def test_what_a_run_could_not_decode_is_not_tried_again(invoke: Invoke, archive: Path) -> None:
     """It may have killed the decoder. This one is a good picture, so that trying would show."""
     about = summary(archive / "a.png")

@@ -101,6 +101,9 @@ class Chat:
         return Stream(replace(summary, raw_text=f"[{len(self.turns)} before] {summary.raw_text}",
                               text=f"[{len(self.turns)} before] {summary.text}"), self.turns)  # fmt: skip
 
+    def restart(self) -> None:
+        self.turns.clear()
+
     def close(self) -> None:
         pass
 

@@ -11,7 +11,7 @@ import pytest
 import tiny_bundle
 from PIL import Image
 
-from xraygpt_lite import compare, verify
+from xraygpt_lite import compare, load, verify
 from xraygpt_lite.bundle import manifest
 from xraygpt_lite.compare import Observation
 from xraygpt_lite.errors import ImageError, UsageError
@@ -69,6 +69,16 @@ def test_a_bundle_against_itself_and_against_other_weights(tmp_path: Path, made_
     other = compare.bundles(tmp_path / "other", made_bundle, pictures)
     assert compare.shortfall(other) is not None
     assert other["first_token_kl"] > 0
+
+
+def test_an_empty_answer_is_compared_by_its_first_logits(made_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(made_bundle) as model:
+        radiograph = verify.test_radiograph(1)
+        (usual,) = compare.observe(model, [radiograph])
+        monkeypatch.setattr(model, "generate_ids", lambda *_: ())
+        (empty,) = compare.observe(model, [radiograph])
+    np.testing.assert_array_equal(empty.logits, usual.logits)
+    assert empty.ids == ()
 
 
 def test_bundles_of_another_prompt_are_no_comparison(tmp_path: Path, made_bundle: Path) -> None:

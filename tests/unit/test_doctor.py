@@ -126,5 +126,10 @@ def test_the_bundle_in_use_is_looked_at_too(
     detail = checks(str(made_bundle))["weight types"].detail
     assert f"{made_bundle} (f32) is 0.4 times as fast" in detail
     assert checks(str(package))["weight types"].detail.count("times as fast") == 1  # not named twice
+    other = package.parents[2] / "user" / "other"
+    other.mkdir(parents=True)
+    (other / "bundle.json").write_text("{}")
+    unread = checks()["weight types"]  # it hinders no radiograph
+    assert (unread.status, "other cannot be read" in unread.detail) == ("ok", True)
     absent = checks(str(tmp_path / "nowhere"))["weight types"]
     assert (absent.status, "nowhere" in absent.detail) == ("failed", True)

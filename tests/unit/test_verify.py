@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import tiny_bundle
 
-from xraygpt_lite import prompt, verify
+from xraygpt_lite import prompt, verify, vision
 from xraygpt_lite.bundle import manifest, store
 from xraygpt_lite.cache import Cache
-from xraygpt_lite.errors import BundleError
-from xraygpt_lite.llm import quantize
+from xraygpt_lite.errors import BundleError, DeviceError
+from xraygpt_lite.llm import native, quantize
 from xraygpt_lite.model import XrayModel, open_bundle
 from xraygpt_lite.values import Check, Float32, ImageTokens
 
@@ -46,6 +46,13 @@ def recorded_copy(recorded_bundle: Path, tmp_path: Path) -> Path:
 
 def reseal(folder: Path) -> None:
     tiny_bundle.seal(folder, manifest.parse((folder / "bundle.json").read_bytes()))
+
+
+def test_what_this_machine_lacks_says_nothing_of_the_bundle(recorded_bundle: Path) -> None:
+    if "CUDAExecutionProvider" in vision.available_providers() and native.supports_gpu():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(DeviceError, match="cannot be met"):
+        verify.run(recorded_bundle, device="cuda")
 
 
 def test_passes_where_it_was_recorded(recorded_bundle: Path) -> None:

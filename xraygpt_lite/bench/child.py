@@ -81,8 +81,10 @@ class Measurement:
 
     def _repeat(self, model: XrayModel) -> None:
         """Warm up; time one image after another, again and again, each as the first of a process."""
+        from xraygpt_lite.bench import machine
         from xraygpt_lite.llm import rates
 
+        self._others = machine.Others()
         images, tokens = self._request["images"], self._request["tokens"]
         forget, options = rates.forgetting(model._engine), _options(tokens)
         self._doing("warming up")
@@ -160,7 +162,7 @@ class Measurement:
 
         repeats = self._request["repeats"]
         self.facts |= ceilings.compare(model, self._prompts, self._said, repeats, self.samples, self._doing)
-        self.facts["machine"] = machine.facts()
+        self.facts |= {"others_share": self._others.share, "machine": machine.facts()}
 
 
 def peak_bytes(status: Path = Path("/proc/self/status")) -> int:

@@ -68,6 +68,8 @@ def _fields(view: mmap.mmap, span: _Span) -> Iterator[tuple[int, _Span]]:
     at, end = span
     while at < end:
         tag, at = _varint(view, at, end)
+        if tag >= 2**32:  # ONNX Runtime's parser would cut it, and read another field
+            raise ValueError(f"the field's number before byte {at} is too large")
         kind, start = tag & 7, at
         if kind == _LENGTH:
             size, start = _varint(view, at, end)

@@ -290,7 +290,7 @@ def _swap(new: Path, target: Path, old: Path) -> None:
         os.rename(target, old)
     try:
         os.rename(new, target)
-    except OSError:
+    except BaseException:
         if replaced:
             os.rename(old, target)
         raise

@@ -93,6 +93,7 @@ def command(
         raise UsageError("--watch takes files as they come; leave out --limit, --shard, --order and -")
     if output == "-":
         raise UsageError("-o - would be standard output; the journal must be a file")
+    console.check_name(output)
     corners = options.box(box) if box is not None else None
     stop = threading.Event()
     with _signals(stop):

@@ -31,6 +31,9 @@ _ONCE = {
     "kv_cache_mb": "MB of the KV cache",
 }
 
+_MUCH = 0.05
+"""From this share of others' work on, figures say little."""
+
 _NOTES = {
     "start": "of Python, until it runs this program",
     "import": "with the native libraries",
@@ -124,6 +127,8 @@ def _tables(figures: dict[str, Any]) -> Iterator[str]:
     yield text.table(table)
     if figures["decode_vs_bandwidth"] and figures["token_mb"] < machine["cache_mb"]:
         yield f"\nThe weights fit this CPU's cache of {machine['cache_mb']:.0f} MB: the memory's speed is no bound.\n"
+    if (figures["others_share"] or 0) > _MUCH:
+        yield f"\n{figures['others_share']:.0%} of the processors' time went to others: measure again without them.\n"
     if not figures["same_tokens"]:
         yield "\nNot the same tokens were chosen with guesses, without them and by the bare loop.\n"
 

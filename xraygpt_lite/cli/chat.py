@@ -41,6 +41,8 @@ def command(
     """
     if image == "-":
         raise UsageError("chat reads its questions from standard input; name the image's file")
+    if sys.stdin is None:
+        raise UsageError("there is no standard input to read questions from")
     import xraygpt_lite
 
     wanted = options.generation(**given)
@@ -57,7 +59,7 @@ class _Conversation:
     def __init__(
         self, model: XrayModel, image: str, wanted: GenerationOptions, variant: str | None, quiet: bool
     ) -> None:
-        self._model, self._image, self._options, self._variant = model, image, wanted, variant
+        self._model, self._options = model, wanted
         self._warned: set[str] = set()
         self._quiet = quiet
         self._session: ChatSession = model.chat(image, variant=variant)
@@ -103,8 +105,7 @@ class _Conversation:
         return words.strip() or None, name, box
 
     def reset(self) -> None:
-        self.close()
-        self._session = self._model.chat(self._image, variant=self._variant)
+        self._session.restart()
 
     def close(self) -> None:
         self._session.close()

@@ -55,6 +55,12 @@ def _say(kind: str, message: str) -> None:
     click.echo(f"{PROGRAM}: {kind}: {one_line(message)}", err=True)
 
 
+def check_name(output: str) -> None:
+    """Raise UsageError where -o names no file: "", ".", "/"."""
+    if not Path(output).name:
+        raise UsageError(f"-o {output!r} is no file's name")
+
+
 class Live:
     """One answer on stdout, piece by piece."""
 
@@ -125,6 +131,8 @@ class OutputFile:
         """
         try:
             with open(self._draft, "xb") as draft:
+                if self._path.exists():
+                    os.chmod(self._draft, self._path.stat().st_mode & 0o777)
                 draft.writelines(pieces)
                 draft.flush()
                 os.fsync(draft.fileno())

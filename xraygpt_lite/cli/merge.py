@@ -20,6 +20,7 @@ def command(journals: tuple[str, ...], output: str) -> int:
     """
     from xraygpt_lite.batch.merge import merge
 
+    console.check_name(output)
     merged = merge([Path(journal) for journal in journals], Path(output))
     for gap in merged.gaps:
         console.warn(gap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -141,14 +142,16 @@ class Pictures:
 
 
 def _thumbnail(path: str, sha256: str) -> Thumbnail | None:
-    from xraygpt_lite.imaging.read import read
+    from xraygpt_lite.imaging.read import decode, load
     from xraygpt_lite.report import thumbnail
 
     try:
-        radiograph = read(path)
+        data = load(path)
+        if hashlib.sha256(data).hexdigest() != sha256:  # another file: nobody knows what it does to a decoder
+            return None
+        return thumbnail.make(decode(data, path, sha256).pixels)
     except XrayError:
         return None
-    return thumbnail.make(radiograph.pixels) if radiograph.sha256 == sha256 else None
 
 
 class Target(console.OutputFile):

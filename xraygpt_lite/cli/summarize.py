@@ -110,6 +110,8 @@ class _Ask:
         """
         from xraygpt_lite.values import Failure
 
+        if image == "-" and sys.stdin is None:
+            raise UsageError("there is no standard input to read an image from")
         data = sys.stdin.buffer.read() if image == "-" else image
         try:
             with self.model.stream(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.pixels.decoders.base import get_decoder
-from pydicom.pixels.processing import apply_modality_lut, apply_windowing
+from pydicom.pixels.processing import apply_windowing
 from pydicom.uid import (
     UID,
     DeflatedExplicitVRLittleEndian,
@@ -113,7 +113,7 @@ def _check(ds: Dataset, source: str) -> tuple[str, ...]:
             f"{source}: the DICOM image has {int(ds.BitsAllocated)} bits a pixel, {stored_bits} of them used; expected "
             "at most 8 or 16. Export it again."
         )
-    if int(ds.get("HighBit", stored_bits - 1)) != stored_bits - 1:
+    if _number(ds, "HighBit", stored_bits - 1) != stored_bits - 1:
         raise ImageError(f"{source}: the DICOM image's highest bit is not its last used one. Export it again.")
     if int(ds.get("NumberOfFrames") or 1) > 1:
         notes.append("The file holds several frames; only the first was read.")
@@ -233,7 +233,8 @@ def _grey(
     if modality:
         linear, _ = _look_up(values, modality[0], ds)
     else:
-        linear = np.asarray(apply_modality_lut(values, ds), np.float64)
+        # Not pydicom's function: it fails where an element is empty, and leaves a lone one out.
+        linear = values.astype(np.float64) * _number(ds, "RescaleSlope", 1) + _number(ds, "RescaleIntercept", 0)
     if ds.get("VOILUTSequence"):
         entries, top = _look_up(linear, ds.VOILUTSequence[0], ds)
         return entries / top, ()
@@ -248,6 +249,12 @@ def _grey(
     seen = linear[present] if present.any() else linear
     low, high = float(seen.min()), float(seen.max())
     return (linear - low) / ((high - low) or 1), (f"{note}; the full range of its values was shown.",)
+
+
+def _number(ds: Dataset, name: str, default: float) -> float:
+    """An element's value; `default` where it is absent or empty."""
+    value = ds.get(name)
+    return default if value in (None, "") else float(value)
 
 
 def _window(linear: npt.NDArray[np.float64], ds: Dataset) -> npt.NDArray[np.float64]:
@@ -266,7 +273,7 @@ def _look_up(values: npt.NDArray[Any], item: Dataset, ds: Dataset) -> tuple[npt.
     modality LUTs of 8 and 16 bits only.
     """
     count, first, bits = (int(v) for v in item.LUTDescriptor)
-    count = count or 2**16
+    count = count % 2**16 or 2**16  # an implicit VR with signed pixels makes a negative number of a large one
     data = item.LUTData
     if isinstance(data, bytes):
         big = not ds.original_encoding[1]

@@ -72,7 +72,10 @@ def _grey(image: Image.Image, source: str) -> tuple[Float32, tuple[str, ...]]:
         # Pillow leaves 16-bit "white is zero" TIFF as stored, and inverts the 8-bit kind itself.
         inverted = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC_TAG) == 0  # type: ignore[attr-defined]
         upright = ImageOps.exif_transpose(image)
-        unit, more = to_unit(np.asarray(upright).astype(np.uint16, copy=False))
+        values = np.asarray(upright).astype(np.uint16, copy=False)
+        unit, more = to_unit(values)
+        if "transparency" in image.info:
+            unit = np.where(values == image.info["transparency"], np.float32(0), unit)
         return (1 - unit if inverted else unit), notes + more
     if image.mode not in _EIGHT_BIT:
         raise ImageError(

@@ -109,6 +109,7 @@ def test_of_a_field_that_stands_twice_the_last_counts_as_for_protobuf(tmp_path: 
         (b"\x3a", "does not end"),
         (b"\x3a" + b"\xff" * 11, "does not end"),
         (b"\x3b\x00", "unknown kind 3"),
+        (b"\xba\x80\x80\x80\x10\x00", "number before byte 5 is too large"),  # field 7 where a tag has 32 bits
         (b"\x3a\x02\x2d\x00", "ends behind its message"),
     ],
 )

@@ -141,8 +141,15 @@ def test_a_full_disk_while_adding_leaves_nothing(
     assert os.listdir(tmp_path / "user") == []
 
 
+@pytest.mark.parametrize(
+    ("cause", "raised"), [(OSError(5, "Input/output error"), BundleError), (KeyboardInterrupt(), KeyboardInterrupt)]
+)
 def test_a_failed_replacement_keeps_the_old_bundle(
-    made_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cause: BaseException,
+    raised: type[BaseException],
 ) -> None:
     user = tmp_path / "user"
     target = store.add(made_bundle, folder=user)
@@ -150,11 +157,11 @@ def test_a_failed_replacement_keeps_the_old_bundle(
 
     def refuse_new(source: Path, destination: Path) -> None:
         if Path(source).name == "new":
-            raise OSError(5, "Input/output error")
+            raise cause
         rename(source, destination)
 
     monkeypatch.setattr(os, "rename", refuse_new)
-    with pytest.raises(BundleError, match="Input/output error"):
+    with pytest.raises(raised, match=r"Input/output error|^$"):
         store.add(tiny_bundle.make(tmp_path / "other", seed=5), folder=user, replace=True)
     assert store.load(target, NO_CACHE).id == store.load(made_bundle, NO_CACHE).id
     assert os.listdir(user) == ["tiny"]

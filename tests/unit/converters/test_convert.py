@@ -366,6 +366,22 @@ def test_a_machine_without_the_memory_compares_no_answers(request_: Request, mon
     assert any("too large for this machine's memory" in step for step in told.steps)
 
 
+def test_there_an_interrupted_conversion_keeps_its_steps(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_physical_memory", lambda: 1e5)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    wanted = replace(request_, quant="q8_0")
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "agreement", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert(wanted)
+    told = Told()
+    convert(wanted, told)
+    assert len([step for step in told.steps if step.endswith("(kept)")]) > 2
+
+
 def test_a_folder_that_cannot_be_written_is_named(request_: Request, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"is not a folder"):
         convert(replace(request_, output=tmp_path / "absent" / "bundle"))

@@ -65,6 +65,7 @@ def test_tied_embeddings_have_no_output_matrix(llm: Path, tmp_path: Path) -> Non
         ({"model_type": "mistral"}, "type 'mistral'; only 'llama'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": "x"}, "rope_scaling is 'x'; expected an object"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "'llama3' is not known"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "rope_scaling.factor is -1"),
         ({"num_hidden_layers": 3}, r"lacks 'model\.layers\.2"),

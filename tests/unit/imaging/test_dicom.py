@@ -215,6 +215,29 @@ def test_voi_lut_of_bytes(make_dicom: MakeDicom, to_bytes: ToBytes) -> None:
     assert read(to_bytes(ds)).pixels[0, :3] == pytest.approx([0, 500 / 1023, 1000 / 1023])
 
 
+def test_a_long_lut_is_read_in_implicit_vr_with_signed_pixels(make_dicom: MakeDicom, to_bytes: ToBytes) -> None:
+    # Its count of 40000 is read as a negative number there.
+    ds = make_dicom(with_values(0, 10000, 20000, dtype=np.int16))
+    ds.VOILUTSequence = lut(0, 16, *range(40000))
+    ds.file_meta.TransferSyntaxUID = uids.ImplicitVRLittleEndian
+    assert read(to_bytes(ds)).pixels[0, :3] == pytest.approx([0, 10000 / 65535, 20000 / 65535])
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept", "expected"),
+    [("", "", [0, 0.5, 1]), (None, "-1000", [0, 0.25, 0.75]), ("2", None, [0, 1, 1]), ("2", "", [0, 1, 1])],
+)
+def test_a_rescale_that_is_empty_or_half_there(
+    slope: str | None, intercept: str | None, expected: list[float], make_dicom: MakeDicom, to_bytes: ToBytes
+) -> None:
+    ds = make_dicom(with_values(0, 2000, 4000), WindowCenter="2000.5", WindowWidth="4001")
+    for name, value in (("RescaleSlope", slope), ("RescaleIntercept", intercept)):
+        if value is not None:
+            setattr(ds, name, value)
+    ds.HighBit = None  # empty, too
+    assert read(to_bytes(ds)).pixels[0, :3] == pytest.approx(expected)
+
+
 def test_without_a_window_the_full_range_without_padding(make_dicom: MakeDicom, to_bytes: ToBytes) -> None:
     ds = make_dicom(with_values(1000, 2000, 3000, 0), BitsStored=12)
     radiograph = read(to_bytes(ds))

@@ -106,6 +106,11 @@ def test_transparency_is_laid_on_black() -> None:
     pixels = read(encode(rgba)).pixels
     assert pixels[:20].max() == 0
     assert pixels[20:].min() == 1
+    grey = np.full((40, 40), 40000, np.uint16)
+    grey[:20] = 65535
+    pixels = read(encode(grey, transparency=65535)).pixels
+    assert pixels[:20].max() == 0
+    assert pixels[20:].min() == pytest.approx(40000 / 65535)
 
 
 def test_palette_image() -> None:
