@@ -28,7 +28,7 @@ EXACT = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
 """Types of weights that `exact` holds for where the CPU has AMX."""
 WARNING, ERROR, CONTINUED = 3, 4, 5
 _KEPT_LINES = 2000
-_SPINS = "3000"
+_SPINS = "10000"
 """How often a thread of GCC's OpenMP looks for the others before it sleeps, as a rule longer than they take. By
 default it looks for a millisecond and more, hundreds of times a token, and where another program is at work keeps the
 very thread that it waits for from the processor. OpenMP reads this once, when it is loaded."""

@@ -303,7 +303,7 @@ def test_a_step_may_have_fewer_threads_than_a_prompt(model: native.Model, plan: 
 
 
 @pytest.mark.parametrize(
-    ("given", "spins"), [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+    ("given", "spins"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
 )
 def test_threads_that_wait_sleep_soon_unless_the_user_has_it_otherwise(
     given: dict[str, str], spins: str | None
