@@ -26,7 +26,7 @@ def test_a_failed_check_is_exit_code_1(
     invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, status: str, code: int
 ) -> None:
     checks = [Check("CPU", "ok", "fine"), Check("self-test", status, "llama.cpp crashes\nreinstall it")]  # type: ignore[arg-type]  # the parameter
-    monkeypatch.setattr("xraygpt_lite.doctor.run", lambda: checks)
+    monkeypatch.setattr("xraygpt_lite.doctor.run", lambda _: checks)
     result = invoke("doctor")
     assert result.exit_code == code
     assert result.stdout.splitlines()[2].split(maxsplit=2) == ["self-test", status, "llama.cpp crashes reinstall it"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -225,7 +226,7 @@ def _end_with_the_caller() -> None:
     """It is gone when it cannot write any more. Past the buffered reader, whose lock Python wants when it ends."""
     while os.read(sys.stdin.fileno(), 1):
         pass
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> int:
