@@ -213,21 +213,24 @@ class Pipeline(Closing):
 
     def _encode(self) -> None:
         """Encode what lanes will want; where that is at the cost of the language model, all of it before it goes on."""
-        with self._model.encoder_first():
-            while self._encode_batch():
-                self._take()
+        if self._wanted():
+            with self._model.encoder_first():
+                while self._wanted():
+                    self._encode_batch()
+                    self._take()
 
-    def _encode_batch(self) -> bool:
-        """A whole batch, or what there is before lanes run dry; False where there is nothing, or enough is ahead."""
+    def _wanted(self) -> bool:
+        """Whether a whole batch, or what there is before lanes run dry, is to be encoded."""
         waiting, most = self._studies.qsize(), self._model.encoder_batch
         if self._model.takes_turns:
             enough = waiting + len(self._working) > len(self._lanes)
         else:
             enough = waiting > len(self._lanes) or (len(self._read) < most and waiting > 1)
-        if enough or not self._read:
-            return False
+        return bool(self._read) and not enough
+
+    def _encode_batch(self) -> None:
         batch = []
-        for _ in range(min(most, len(self._read))):
+        for _ in range(min(self._model.encoder_batch, len(self._read))):
             one = self._read.popleft()
             job = self._jobs[id(one.input)]
             self._begin(job, one.radiograph.sha256)
@@ -236,14 +239,13 @@ class Pipeline(Closing):
             else:
                 self._end(job)
         if not batch:
-            return True
+            return
         squares = normalize([one.square for one in batch], self._model.bundle.manifest.image)
         pixels = Pixels(squares, tuple(one.placement for one in batch))
         radiographs = [one.radiograph for one in batch]
         studies = self._model.encode(radiographs, pixels, [one.seconds for one in batch])
         for one, study in zip(batch, studies, strict=True):
             self._studies.put(_Work(self._jobs[id(one.input)], study))
-        return True
 
     def _next_ended(self) -> Job | None:
         """A job that has something new; waits a moment for one, less where something may be encoded meanwhile."""

@@ -247,7 +247,9 @@ class Run(Closing):
         sha256 = record.sha256 and self._keys.key(given.name, record.sha256, "")
         if isinstance(record, Summary):
             return replace(record, source=label, sha256=sha256 or "", sop_instance_uid=None)
-        message = record.message.replace(str(given.path), label)
+        message, path = record.message, str(given.path)
+        if message.startswith(path):  # and nowhere else: a name may be a word
+            message = label + message[len(path) :]
         return replace(record, source=label, sha256=sha256, message=message)
 
     def _check_failures(self) -> None:

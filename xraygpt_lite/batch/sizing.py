@@ -54,7 +54,7 @@ def sequences(
     remembered; memory is looked at every time. `doing` is told when something has to be measured.
     """
     cache = Cache(device.cache_folder())
-    key = f"{bundle.id} {native.build_id()} {selftest.cpu_id()} {plan.threads} {plan.gpu_layers}"
+    key = f"{bundle.id} {native.build_id()} {selftest.cpu_id()} {plan.threads} {plan.step_threads} {plan.gpu_layers}"
     known = cache.get(_KIND, key)
     several = {plan.threads, plan.threads // 2} - {0} if plan.gpu_layers == 0 else {plan.threads}
     try:

@@ -71,8 +71,9 @@ class Beginnings:
         self._context.cut(sequence, rows)
 
     def _recall(self, sequence: int, opening: bytes) -> bool:
-        """Take opening rows from the store; False where it has none that fit."""
-        state = self._store.get(opening) if self._store else None
+        """Take opening rows from the store; False where it has none that fit, or copies wait."""
+        # What is restored is there at once, and could take the place of what a copy still has to move.
+        state = self._store.get(opening) if self._store and not self._context.copying else None
         if state is None:
             return False
         self.forget(sequence)

@@ -97,6 +97,7 @@ class Core:
         for request in last:
             request.cancelled = True
         self._holders.pop(held.id, None)
+        held.closed = True
         self._inbox.put(held)
 
     def submit(self, request: Request) -> None:
@@ -104,8 +105,8 @@ class Core:
         with self.lock:
             try:
                 self._check_open()
-            except XrayError:
-                request.close()
+            except XrayError as error:
+                request.end(error)
                 raise
             self._inbox.put(request)
 
@@ -176,7 +177,9 @@ class Core:
         block = not self._active
         while block or not self._inbox.empty():
             item, block = self._inbox.get(), False
-            if isinstance(item, Request):
+            if isinstance(item, Request) and item.held.closed:  # asked while another thread gave the sequence back
+                item.end(CancelledError("the slot was closed"))
+            elif isinstance(item, Request):
                 self._active.append(item)
             elif isinstance(item, Held):
                 self._free_sequence(item)
@@ -319,7 +322,8 @@ class Core:
     def _search(self) -> None:
         """Take one step of every beam search; each decodes in a context of its own."""
         for request in [r for r in self._active if isinstance(r, Search) and not r.chunks]:
-            self._advance(request, ())
+            with self._cores:
+                self._advance(request, ())
 
     def _decode(self, requests: Sequence[Request]) -> bool:
         try:

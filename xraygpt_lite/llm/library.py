@@ -68,7 +68,7 @@ class Log:
             return [line.strip() for number, seen, line in self._lines if number > mark and seen == level]
 
     def reason(self, mark: int) -> str:
-        """Return ": " and the last error after `mark`, for the end of a message; "" where nothing was logged."""
+        """Return ": " and the first error after `mark`, for the end of a message; "" where nothing was logged."""
         lines = [line for line in self.since(mark) if line]
         if not lines:
             return ""

@@ -187,6 +187,7 @@ class Context:
         self._lib = library()
         self.model = model
         self.sequences = plan.sequences
+        self.copying = False  # a copy waits for the next decode
         self.batch = max(plan.batch, plan.sequences)
         params = self._lib.llama_context_default_params()
         set_fields(
@@ -244,6 +245,7 @@ class Context:
         code = self._lib.llama_decode(self.pointer, batch.struct)
         if code != 0:
             raise NativeError(f"llama.cpp could not decode {batch.rows} rows (returned {code}){log.reason(mark)}")
+        self.copying = False
 
     def logits(self, row: int) -> Float32:
         """Return a copy (V,) of the logits of one row of the last batch, which was marked for output."""
@@ -301,6 +303,7 @@ class Context:
     def copy(self, source: int, target: int) -> None:
         """Make a sequence hold what another one holds; the next `decode` moves the bytes, a whole stream's."""
         self._copy(self._memory, source, target, -1, -1)
+        self.copying = True
 
     def save(self, sequence: int) -> UInt8:
         """Return what a sequence holds, at least one row, for `restore` on any context of this model and precision."""

@@ -1,6 +1,6 @@
 """Requests on their way through the engine: what each still has to decode, and what it tells its caller.
 
-A request is driven by the engine thread alone: `work` names the rows to decode, `advance` takes the logits. The caller
+A request is driven by the engine thread alone: `chunks` are the rows to decode, `advance` takes the logits. The caller
 only reads `events` and sets `cancelled`. Knows nothing of threads or of other requests.
 """
 
@@ -123,17 +123,17 @@ class Trace(Request):
 
 
 class Cut(Request):
-    """Forget the newest rows of a sequence."""
+    """Forget the newest rows of a sequence; `tail` is the logits after the last that stays, where they are known."""
 
-    def __init__(self, held: Held, rows: int) -> None:
+    def __init__(self, held: Held, rows: int, tail: Float32 | None = None) -> None:
         super().__init__(held, (), 1)
-        self._rows = rows
+        self._rows, self._tail = rows, tail
 
     def advance(self, context: Context, rows: Sequence[int]) -> None:
         """Cut the cache, and report that there are no logits."""
         del rows  # nothing was decoded
         context.cut(self.held.id, self._rows)
-        self.held.rows, self.held.tail = self._rows, None
+        self.held.rows, self.held.tail = self._rows, self._tail
         self.end(np.empty((0, 0), np.float32))
 
 

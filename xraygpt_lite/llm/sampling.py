@@ -33,7 +33,7 @@ def check(sampling: Sampling) -> None:
         ("max_tokens", sampling.max_tokens >= 1, "at least 1"),
         ("min_tokens", 0 <= sampling.min_tokens <= sampling.max_tokens, "from 0 to max_tokens"),
         ("temperature", 0 <= sampling.temperature < math.inf, "0 (greedy) or more"),
-        ("top_p", 0 < sampling.top_p <= 1, "above 0, at most 1"),
+        ("top_p", 0 <= sampling.top_p <= 1, "from 0 to 1"),
         ("top_k", sampling.top_k >= 0, "0 (off) or more"),
         ("repeat_penalty", 0 < sampling.repeat_penalty < math.inf, "above 0; 1 is off"),
         ("penalty_last_n", sampling.penalty_last_n >= -1, "-1 (all), 0 (off) or more"),

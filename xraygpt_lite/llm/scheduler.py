@@ -134,6 +134,7 @@ class Slot(Closing):
     @property
     def rows(self) -> int:
         """Rows in the cache, once the last request has ended."""
+        self._settle()
         return self._held.rows
 
     def generate(
@@ -237,9 +238,18 @@ class Slot(Closing):
         for request in self._last:
             if not request.cancelled and not request.done.is_set():
                 raise UsageError("this slot's last stream has not ended; read it to its end or close it first")
-            request.done.wait()
+        self._settle()
         check(segments, self._engine.width, self._engine.vocab)
         check_fit(self._held.rows, count(segments) - beside, answer + beside, self._engine.context)
+
+    def _settle(self) -> None:
+        """Take back what was cancelled: the engine, which runs ahead of who reads, may have finished it before."""
+        for request in list(self._last):
+            if not request.cancelled:
+                continue
+            request.done.wait()
+            if self._finalizer.alive and self._held.rows > request.start[0]:
+                self._wait(Cut(self._held, *request.start))
 
     def _submit(self, request: Request) -> None:
         self._last[:] = [request]

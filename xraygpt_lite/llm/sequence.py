@@ -16,7 +16,7 @@ from ..values import EmbeddingSegment, Float32, Int32, Segment, TokenSegment
 
 @dataclass(eq=False)
 class Held:
-    """What one sequence holds in the cache. Written by the engine thread only.
+    """What one sequence holds in the cache. Written by the engine thread only, but for `closed`.
 
     Attributes
     ----------
@@ -26,11 +26,14 @@ class Held:
         Rows in the cache; the next row's position.
     tail
         Logits (V,) after the last row, where they were asked for; they predict the next token.
+    closed
+        It was given back: its id may be somebody else's, and what is still asked of it is refused.
     """
 
     id: int
     rows: int = 0
     tail: Float32 | None = None
+    closed: bool = False
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,18 @@ def test_identifiers_stay_out(go: Go, tmp_path: Path, folder: Path) -> None:
     assert go(identifiers=False).skipped == COUNT + 2
 
 
+def test_a_name_that_is_a_word_garbles_no_message(
+    recorded_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("e").write_text("none")
+    given = {"output": Path("out.jsonl"), "count": 1, "parallel": 1, "threads": 1, "identifiers": False}
+    with Run(find(["e"]), Ask(options=OPTIONS), bundle=recorded_bundle, **given) as made:
+        (failure,) = made
+    assert isinstance(failure, Failure)
+    assert failure.message.startswith(f"{failure.source}: not an image")
+
+
 def test_too_many_failures_end_the_run(go: Go, tmp_path: Path, folder: Path) -> None:
     for path in folder.rglob("[1-5].png"):
         path.write_bytes(b"none")

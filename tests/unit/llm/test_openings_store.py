@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from xraygpt_lite.cache import Cache
+from xraygpt_lite.llm.beginnings import Beginnings
+from xraygpt_lite.llm.native import Batch, Context, Model
 from xraygpt_lite.llm.openings import Openings
 from xraygpt_lite.llm.scheduler import Engine
-from xraygpt_lite.values import DevicePlan, EmbeddingSegment, Sampling, Segment, TokenSegment
+from xraygpt_lite.values import DevicePlan, EmbeddingSegment, Float32, Sampling, Segment, TokenSegment
 
 OPENING, IMAGE, QUESTION = 12, 9, 5
 
@@ -114,6 +116,36 @@ def test_nothing_but_the_opening_is_kept(answer: Any, tmp_path: Path, segments: 
     row = 2 * 2 * 256 * 4
     assert OPENING * row < path.stat().st_size < OPENING * row + row
     assert [each.parent.name for each in tmp_path.rglob("*") if each.is_file()] == ["openings"]
+
+
+def test_what_is_kept_does_not_take_the_place_of_what_is_still_to_be_copied(
+    tiny: Any, plan: DevicePlan, tmp_path: Path
+) -> None:
+    one, other = (np.arange(start, start + OPENING, dtype=np.int32) for start in (20, 200))
+    store = Openings(Cache(tmp_path), "a", plan)
+    model = Model(tiny.gguf)
+    context = Context(model, plan, 64)
+    batch, shared = Batch(context.batch), Beginnings(context, store)
+
+    def logits(sequence: int) -> Float32:
+        batch.put(np.array([7], np.int32), OPENING, sequence, True)
+        context.decode(batch)
+        found = context.logits(0).copy()
+        context.cut(sequence, OPENING)
+        return found
+
+    for opening in (other, one):
+        context.cut(0, 0)
+        batch.put(opening, np.arange(OPENING), 0, False)
+        context.decode(batch)
+        shared.keep(0, opening.tobytes())
+    expected = logits(0)
+    assert shared.share(1, one.tobytes())  # copied from 0 by the next call
+    assert not shared.share(0, other.tobytes())  # so it is not restored there now
+    np.testing.assert_array_equal(logits(1), expected)
+    assert shared.share(0, other.tobytes())
+    context.close()
+    model.close()
 
 
 def test_two_processes_share_a_folder(tiny: Any, tmp_path: Path) -> None:

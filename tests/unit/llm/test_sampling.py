@@ -61,6 +61,10 @@ def test_draws_follow_the_softmax_at_the_temperature(decoded: Context) -> None:
     assert np.abs(seen - expected).max() < 0.03
 
 
+def test_top_p_of_nothing_leaves_the_likeliest(decoded: Context) -> None:
+    assert set(draw(decoded, replace(DRAW, top_p=0.0), 50)) == {decoded.likeliest(0)}
+
+
 def test_top_k_and_top_p_cut_the_tail(decoded: Context) -> None:
     logits = decoded.logits(0).astype(np.float64)
     ranked = order(decoded.logits(0))
@@ -99,7 +103,7 @@ def test_stop_ids_wait_for_min_tokens(decoded: Context) -> None:
         ({"min_tokens": 301}, "min_tokens is 301"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": -0.1}, "top_p is -0.1"),
         ({"top_k": -1}, "top_k is -1"),
         ({"repeat_penalty": 0.0}, "repeat_penalty is 0.0"),
         ({"penalty_last_n": -2}, "penalty_last_n is -2"),

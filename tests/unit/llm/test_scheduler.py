@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from xraygpt_lite.errors import CancelledError, ClosedError, ContextError, NativeError, UsageError
+from xraygpt_lite.llm.requests import Generate
+from xraygpt_lite.llm.sampling import Sampler
 from xraygpt_lite.llm.scheduler import Engine, Generation, Slot
 from xraygpt_lite.values import DevicePlan, EmbeddingSegment, Float32, Sampling, Segment, TokenSegment
 
@@ -304,6 +306,39 @@ def test_closing_a_stream_mid_way_leaves_the_slot_as_before(
         with pytest.raises(CancelledError):
             _ = stream.result
         np.testing.assert_allclose(slot.trace([], [5]), before, atol=0)
+
+
+def test_so_does_closing_one_that_the_engine_had_finished(engine: Engine, prompt: TokenSegment, reader: Any) -> None:
+    with engine.open() as slot:
+        before = slot.trace([prompt], [5])
+        stream = slot.generate([segment([9, 8])], Sampling(max_tokens=4), stop_ids=(), reader=reader())
+        assert stream._request.done.wait(30)  # read by nobody
+        stream.close()
+        assert slot.rows == 70
+        np.testing.assert_array_equal(slot.trace([], [5]), before)
+        again = slot.generate([segment([9, 8])], Sampling(max_tokens=4), stop_ids=(), reader=reader())
+        list(again)
+        assert again.result.cached_rows == 70 + 2 + 4
+
+
+def test_what_is_asked_of_a_sequence_that_was_given_back_is_refused(
+    engine: Engine, prompt: TokenSegment, reader: Any
+) -> None:
+    """Another thread may close the slot between the check that it is open and the request."""
+    slot = engine.open()
+    late = slot.generate([prompt], Sampling(max_tokens=1), stop_ids=(), reader=reader())
+    list(late)
+    request = Generate(
+        slot._held, [prompt], 32, sampler=Sampler(engine._core.model, LONG, ()), sampling=LONG, stop_ids=(),
+        reader=reader(), pieces=True,
+    )  # fmt: skip
+    slot.close()
+    with engine.open() as other:
+        before = other.trace([prompt], [5])
+        engine._core.submit(request)
+        assert isinstance(request.events.get(timeout=30), CancelledError)
+        assert other.rows == 70
+        np.testing.assert_array_equal(other.trace([], [5]), before)
 
 
 def test_a_forgotten_stream_is_cancelled(engine: Engine, prompt: TokenSegment, reader: Any) -> None:
