@@ -170,14 +170,16 @@ class Pipeline(Closing):
                     self._pool.submit(job.input)
             self._take()
             self._encode()
-            job = self._next_ended()
-            if job is not None and id(job.input) in self._jobs:
-                if job.finished:
-                    job.last = True
-                    del self._jobs[id(job.input)]
-                yield job
-            elif source is None and not self._jobs:
-                return
+            # All that ended while the encoder was at work: one at a time they would pile up where it is the slower.
+            for _ in range(self._ended.qsize() or 1):
+                job = self._next_ended()
+                if job is not None and id(job.input) in self._jobs:
+                    if job.finished:
+                        job.last = True
+                        del self._jobs[id(job.input)]
+                    yield job
+                elif source is None and not self._jobs:
+                    return
             if time.monotonic() - looked > _PAUSE_S:
                 looked = time.monotonic()
                 self._stop_late()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,6 +101,30 @@ def alone(bundles: dict[str, Bundle], folder: Path) -> Iterator[dict[str, dict[s
         texts = {answers[0][1] for answers in found[kind].values()}
         assert len(texts) > COUNT / 2  # or equality would say nothing
     return found
+
+
+def test_what_ended_comes_at_once_where_the_encoder_is_the_slower_one(
+    bundles: dict[str, Bundle], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it piles up: it would be on the disk minutes later, or never."""
+    for number in range(160):
+        shutil.copy(folder / "1.png", tmp_path / f"{number}.png")
+    inputs = find([tmp_path])
+    plan = models.plan(bundles["q8_0"], threads=2, context=256, sequences=8, llm_threads=1)
+    with XrayModel(bundles["q8_0"], plan) as model:
+        encode = model.encode
+
+        def slow(*given: Any) -> Any:
+            time.sleep(0.1)
+            return encode(*given)
+
+        monkeypatch.setattr(model, "encode", slow)
+        ask = Ask(options=GenerationOptions(max_tokens=1))
+        asked, most = [model.check(None)], 0
+        with Pool(model.bundle.manifest.image, 2, 60) as pool, Pipeline(model, ask, pool, 60) as pipeline:
+            for _ in pipeline.run(Job(one, asked) for one in inputs):
+                most = max(most, pipeline.in_flight)
+        assert 0 < most <= 4 * model.encoder_batch
 
 
 @pytest.mark.parametrize(("kind", "sequences"), [("f32", 8), ("q4_0", 3), ("q4_k_m", 8), ("q8_0", 1), ("q8_0", 5)])
@@ -202,7 +228,7 @@ def test_files_are_pulled_as_needed(bundles: dict[str, Bundle], folder: Path) ->
 
     def jobs() -> Iterator[Job]:
         nonlocal pulled
-        for number in range(120):
+        for number in range(160):
             pulled += 1
             yield Job(Input(str(number), folder / f"{number % COUNT}.png"), asked)
 
