@@ -228,7 +228,7 @@ def test_files_are_pulled_as_needed(bundles: dict[str, Bundle], folder: Path) ->
 
     def jobs() -> Iterator[Job]:
         nonlocal pulled
-        for number in range(160):
+        for number in range(120):
             pulled += 1
             yield Job(Input(str(number), folder / f"{number % COUNT}.png"), asked)
 
