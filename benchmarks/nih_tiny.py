@@ -4,16 +4,21 @@
 
 Each image is asked for its greedy summary and for the yes/no answers that the bundle lists; these also for the mirror
 image, and a score is the mean of the two log-odds. Intervals are 95 %, from a bootstrap over patients. `--reference`
-is the same model with a float32 language model (the training command leaves one in its work folder).
+is the same model with a float32 language model (the training command leaves one in its work folder). Without it the
+bundle is compared with its own weights in float32: that tells what 8-bit sums cost, not what rounding the weights did.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import importlib.util
 import json
+import os
+import shutil
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -25,8 +30,13 @@ import numpy as np
 import numpy.typing as npt
 
 import xraygpt_lite
+from xraygpt_lite.bundle.manifest import dump
 from xraygpt_lite.imaging.read import read
-from xraygpt_lite.model import XrayModel
+from xraygpt_lite.llm.library import library, set_fields
+from xraygpt_lite.llm.quantize import FILE_TYPES
+from xraygpt_lite.model import XrayModel, checked
+from xraygpt_lite.values import FileEntry
+from xraygpt_lite.verify import notices_noise
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "nih-chestxray14"
@@ -207,8 +217,9 @@ def measure(bundle: str | None, images: Path, cases: Sequence[Case], label: str)
     with xraygpt_lite.load(bundle) as model:
         answers = ask(model, images, cases, tell)
         first = ask(model, images, cases[:10], lambda _: None).texts
+        noticed = notices_noise(model)
     figures, said = consistency(cases, answers)
-    figures["repeatable"] = first == answers.texts[:10]
+    figures |= {"repeatable": first == answers.texts[:10], "verify_notices_noise": noticed}
     return answers, {"images": len(cases), **accuracy(cases, answers, said), **figures}
 
 
@@ -221,6 +232,24 @@ def compare(quantized: dict[str, Any], reference: dict[str, Any], texts: Sequenc
         "normal_abnormal_auc_drop": reference["normal_abnormal_auc"] - quantized["normal_abnormal_auc"],
         "identical_texts": float(np.mean([a == b for a, b in texts])),
     }
+
+
+def widened(bundle: str | None, folder: Path) -> Path:
+    """A copy of a bundle in `folder`, its language model's weights as they are, but in float32."""
+    found = checked(bundle)
+    manifest = found.manifest
+    shutil.copytree(found.folder, folder)
+    lib = library()
+    params = lib.llama_model_quantize_default_params()
+    set_fields(params, ftype=FILE_TYPES["f32"], allow_requantize=True)
+    target = folder / found.llm.name
+    if lib.llama_model_quantize(os.fsencode(found.llm), os.fsencode(target), params):
+        raise SystemExit(f"llama.cpp could not widen {found.llm}")
+    entry = FileEntry(target.name, hashlib.sha256(target.read_bytes()).hexdigest(), target.stat().st_size)
+    files = tuple(entry if file.name == target.name else file for file in manifest.files)
+    types = {**manifest.weight_types, "llm": "f32"}
+    (folder / "bundle.json").write_bytes(dump(replace(manifest, files=files, weight_types=types)))
+    return folder
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -249,9 +278,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not cases:
         parser.error(f"{options.labels} has no rows of this split")
     answers, figures = measure(options.bundle, options.images, cases, "bundle")
-    if options.reference:
-        other, reference = measure(options.reference, options.images, cases, "reference")
-        figures |= compare(figures, reference, list(zip(answers.texts, other.texts, strict=True)))
+    with tempfile.TemporaryDirectory() as folder:
+        twin = options.reference or str(widened(options.bundle, Path(folder, "float32")))
+        other, reference = measure(twin, options.images, cases, "reference")
+    figures |= compare(figures, reference, list(zip(answers.texts, other.texts, strict=True)))
+    figures["reference"] = "the float32 model" if options.reference else "the same weights in float32"
     print(table(figures))
     if options.json:
         known = {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in figures.items()}

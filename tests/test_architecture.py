@@ -32,7 +32,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("chat",),
     ("vision", "llm", "imaging", "prompt", "answer", "options", "scoring"),
     ("bundle", "boxes"),
-    ("device", "cache"),
+    ("device", "cache", "processors"),
     ("examples", "models"),  # data: synthetic radiographs; the default bundle, templates and cards
     ("records",),
     ("values", "errors", "closing", "turns"),

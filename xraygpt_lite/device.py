@@ -278,7 +278,9 @@ def parallel(
         work at the same time.
     """
     threads = max(step_seconds)
-    every = step_seconds[threads]
+    half = min(step_seconds)
+    # More threads are never slower by themselves: where they were, others had the processors.
+    every = {n: min(seconds, step_seconds[half][n]) for n, seconds in step_seconds[threads].items()}
     fitting = {n: s for n, s in sorted(every.items()) if n * sequence_bytes <= free_bytes / 2} or {1: every[1]}
     rates = {n: n / seconds for n, seconds in fitting.items()}
     chosen = next(n for n, rate in rates.items() if rate >= 0.97 * max(rates.values()))
@@ -288,7 +290,7 @@ def parallel(
         reason += f"; {', '.join(map(str, left))} would not fit {free_bytes / 1e9:.1f} GB of free memory"
     if wanted:
         chosen, reason = wanted, f"{wanted} sequences: asked for"
-    half, alike = min(step_seconds), max(n for n in every if n <= chosen)
+    alike = max(n for n in every if n <= chosen)
     gain = step_seconds[half][alike] / every[alike]
     answer_seconds = TYPICAL_ANSWER * every[alike] / alike
     if half == threads or gain > WORTH or encoder_seconds < SMALL * answer_seconds:

@@ -144,6 +144,7 @@ def _weight_types(bundle: str | None) -> str:
     """Which bundles have weights of a type that is slow on this class of CPU, and which type is the fastest."""
     paths = {item.path.resolve(): item.name for item in store.installed()}
     if bundle is not None:
+        store.inspect(store.find(bundle))  # the one that is meant must be readable
         paths.setdefault(store.find(bundle).resolve(), bundle)
     cpu = device.cpu_class()
     if cpu is None:

@@ -172,6 +172,15 @@ def test_radiograph(seed: int) -> Radiograph:
     return _radiograph(np.clip(value * (512 + edge // 2) // 1024, 0, 255), "self-test")
 
 
+def notices_noise(model: XrayModel) -> bool:
+    """Whether `run` would fail if the model saw noise in place of the test picture."""
+    try:
+        _check_tokens(model, _noise_radiograph(model.bundle.manifest.self_test.seed))
+    except BundleError:
+        return True
+    return False
+
+
 def _noise_radiograph(seed: int) -> Radiograph:
     y, x = np.mgrid[0:_SIDE, 0:_SIDE].astype(np.int64)
     return _radiograph(_hash(_SIDE * y + x, seed) % 256, "noise")
@@ -216,13 +225,13 @@ def _steps(path: Path, device: str, opened: ExitStack) -> Iterator[tuple[str, Ca
     yield "language model fits projector", header
     yield "language model runs", native
     yield "model opens", load
-    yield "image tokens", lambda: _check_tokens(running[0])
+    yield "image tokens", lambda: _check_tokens(running[0], test_radiograph(running[0].bundle.manifest.self_test.seed))
     yield "recorded answer", lambda: _check_answer(running[0])
 
 
-def _check_tokens(model: XrayModel) -> str:
+def _check_tokens(model: XrayModel, picture: Radiograph) -> str:
     test = model.bundle.manifest.self_test
-    tokens = model.tokens_of(test_radiograph(test.seed)).data.reshape(-1)
+    tokens = model.tokens_of(picture).data.reshape(-1)
     distance = _distance(tokens[list(test.positions)], np.asarray(test.embeddings, np.float32))
     if not distance <= test.tolerance:
         raise BundleError(

@@ -210,16 +210,6 @@ def test_the_measured_process_ends_with_its_caller(made_bundle: Path) -> None:
 
 
 class TestMachine:
-    def test_the_work_of_others_is_seen(self, tmp_path: Path) -> None:
-        stat, second = tmp_path / "stat", os.sysconf("SC_CLK_TCK")
-        stat.write_text(f"cpu 0 0 0 0 0 0 0 0 0 0\ncpu0 {'9 ' * 10}\n")
-        others = machine.Others(stat)
-        assert others.share == 0
-        ticks = [100 * second * share for share in (10, 5, 3, 60, 12, 1, 2, 7)]  # 72 of 100 idle or waiting for a disk
-        stat.write_text(f"cpu {' '.join(map(str, ticks))} 0 0\n")
-        assert others.share == pytest.approx(0.28, abs=0.005)  # this process's own seconds hardly count
-        assert machine.Others(tmp_path / "none").share is None
-
     @pytest.mark.parametrize(
         ("content", "compiler"),
         [

@@ -131,5 +131,6 @@ def test_the_bundle_in_use_is_looked_at_too(
     (other / "bundle.json").write_text("{}")
     unread = checks()["weight types"]  # it hinders no radiograph
     assert (unread.status, "other cannot be read" in unread.detail) == ("ok", True)
+    assert checks(str(other))["weight types"].status == "failed"  # it is the one in use
     absent = checks(str(tmp_path / "nowhere"))["weight types"]
     assert (absent.status, "nowhere" in absent.detail) == ("failed", True)

@@ -71,6 +71,11 @@ def test_record_is_repeatable_and_survives_the_manifest(recorded_bundle: Path) -
 
 
 def test_noise_in_place_of_the_image_is_noticed(recorded_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_bundle(store.load(recorded_bundle, Cache(None)), device="cpu") as model:
+        assert verify.notices_noise(model)
+        monkeypatch.setattr(verify, "_noise_radiograph", verify.test_radiograph)
+        assert not verify.notices_noise(model)
+    monkeypatch.undo()
     monkeypatch.setattr(verify, "test_radiograph", verify._noise_radiograph)
     assert failed(verify.run(recorded_bundle, device="cpu")) == "image tokens"
 

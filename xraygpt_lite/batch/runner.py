@@ -71,7 +71,9 @@ class Run(Closing):
     Attributes
     ----------
     model
-        What answers; its `plan` says where it runs and why so many at once.
+        What answers; its `plan` says where it runs.
+    because
+        Why so many radiographs are answered for at once, with so many threads.
     done, failed, skipped
         Inputs so far: answered for, with a failure, and those whose records were there.
     journal
@@ -137,6 +139,7 @@ class Run(Closing):
             many, llm_threads, because = sizing.sequences(found, shared, parallel, doing)
             if count is not None and count < many:
                 many, because = max(1, count), (*because, f"{max(1, count)} sequences: no more inputs than that")
+            self.because = because
             split = llm_threads if llm_threads < shared.threads else None
             chosen = plan(sequences=many, llm_threads=split, because=because)
             self.model = stack.enter_context(models.XrayModel(found, chosen, prompt_cache=True))

@@ -16,6 +16,7 @@ from xraygpt_lite import device, prompt
 from xraygpt_lite.bundle import gguf_header
 from xraygpt_lite.cache import Cache
 from xraygpt_lite.llm import native, rates, selftest
+from xraygpt_lite.processors import Others
 from xraygpt_lite.values import Bundle, DevicePlan, Pixels
 from xraygpt_lite.vision import Encoder
 
@@ -51,7 +52,8 @@ def sequences(
     """How many radiographs to answer for at once with this plan, with how many of its threads, and why.
 
     `wanted` is the number that was asked for. It is measured once for a bundle, build, CPU and number of threads, and
-    remembered; memory is looked at every time. `doing` is told when something has to be measured.
+    remembered, but for what was measured while other programs had the processors; memory is looked at every time.
+    `doing` is told when something has to be measured.
     """
     cache = Cache(device.cache_folder())
     key = f"{bundle.id} {native.build_id()} {selftest.cpu_id()} {plan.threads} {plan.step_threads} {plan.gpu_layers}"
@@ -62,12 +64,16 @@ def sequences(
         encoder = float(known["encoder"])
     except (TypeError, KeyError, ValueError):  # never measured, or by another version
         doing("measuring how many radiographs at once are fastest with this bundle on this machine, which is done once")
+        others = Others()
         seconds = {
             threads: rates.step_seconds(bundle.llm, replace(plan, threads=threads), CANDIDATES) for threads in several
         }
         encoder = _encoder_seconds(bundle, plan)
-        measured = {str(threads): list(each.values()) for threads, each in seconds.items()}
-        cache.put(_KIND, key, {**measured, "encoder": encoder})
+        if others.in_the_way(plan.threads):
+            doing("other programs were at work: what was measured may be wrong, and is measured again the next time")
+        else:
+            measured = {str(threads): list(each.values()) for threads, each in seconds.items()}
+            cache.put(_KIND, key, {**measured, "encoder": encoder})
     row = gguf_header.read(bundle.llm).cache_row
     room = device.free_memory() - bundle.llm.stat().st_size
     return device.parallel(seconds, encoder, row * plan.context, room, wanted)

@@ -82,10 +82,10 @@ class Measurement:
 
     def _repeat(self, model: XrayModel) -> None:
         """Warm up; time one image after another, again and again, each as the first of a process."""
-        from xraygpt_lite.bench import machine
         from xraygpt_lite.llm import rates
+        from xraygpt_lite.processors import Others
 
-        self._others = machine.Others()
+        self._others = Others()
         images, tokens = self._request["images"], self._request["tokens"]
         forget, options = rates.forgetting(model._engine), _options(tokens)
         self._doing("warming up")

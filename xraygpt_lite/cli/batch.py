@@ -126,6 +126,8 @@ def command(
             Tally(progress, count) as tally,
         ):  # fmt: skip
             if progress in _TOLD:
+                if parallel is None:
+                    click.echo("; ".join(run.because), err=True)
                 _warn(run.model)
             try:
                 for _ in run:

@@ -339,7 +339,8 @@ class TestRefusals:
             path,
             UsageError,
             r"holds records made otherwise: bundle was tiny \(f{12}\) and is now big \(e{12}\); shard was none and is "
-            r'now 3/16; questions was \["\?"\] and is now \["\?", "x+…; generation.max_tokens was 300 and is now 200; '
+            r"now 3/16; questions was 1 \(sha256 \w{8}\) and is now 2 \(sha256 \w{8}\); "
+            r"generation.max_tokens was 300 and is now 200; "
             r"box was not given and is now \[1.0\]. To go on, choose another output with -o, give the same options, or "
             r"begin anew with --restart$",
             replace(asked, bundle_id="e" * 64, bundle_name="big", shard=(3, 16)),

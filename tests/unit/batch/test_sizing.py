@@ -50,6 +50,7 @@ def test_steps_are_measured(bundle: Bundle) -> None:
 
 def test_it_is_measured_once(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XRAYGPT_LITE_CACHE", str(tmp_path))
+    monkeypatch.setattr(sizing.Others, "in_the_way", lambda _, __: False)  # this machine may be busy
     plan = models.plan(bundle, threads=1)
     told: list[str] = []
     first = sizing.sequences(bundle, plan, doing=told.append)
@@ -60,9 +61,27 @@ def test_it_is_measured_once(bundle: Bundle, tmp_path: Path, monkeypatch: pytest
     assert len(told) == 1
 
 
+def test_what_was_measured_beside_others_is_not_remembered(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XRAYGPT_LITE_CACHE", str(tmp_path))
+    plan = models.plan(bundle, threads=1)
+    told: list[str] = []
+    for crowded in (True, False, False):
+        monkeypatch.setattr(sizing.Others, "in_the_way", lambda _, __, crowded=crowded: crowded)
+        sizing.sequences(bundle, plan, doing=told.append)
+    assert [what.split()[0] for what in told] == ["measuring", "other", "measuring"]
+
+
 def test_the_fewest_of_the_fastest_are_chosen() -> None:
     assert device.parallel({2: {1: 1.0, 2: 1.9, 4: 2.0, 8: 2.0, 16: 3.95}}, 0, 0, GB)[0] == 8  # 16 would be 1 % faster
     assert device.parallel({2: {1: 1.0, 2: 2.5, 4: 5.0}}, 0, 0, GB)[0] == 1
+
+
+def test_more_threads_that_were_held_up_say_nothing() -> None:
+    alone = {1: 1.0, 4: 1.5, 8: 4.0}
+    held_up = {1: 9.0, 4: 9.9, 8: 10.0}  # 8 at once would be the best of these
+    assert device.parallel({2: held_up, 1: alone}, 9.0, 0, GB)[:2] == (4, 1)
 
 
 def test_memory_bounds_the_number_and_the_reason_says_so() -> None:
