@@ -49,6 +49,11 @@ class _Bounds(NamedTuple):
     share: float
 
 
+class _BuildError(NativeError):
+    """Of llama.cpp: it runs no bundle here."""
+
+
+_MACHINE = (DeviceError, MissingPackageError, _BuildError)
 _FLOAT, _QUANTIZED = _Bounds(0.01, 0.001, 0.04), _Bounds(0.1, 0.02, 0.08)
 
 
@@ -69,8 +74,9 @@ def run(path: Path, *, device: str = "auto") -> list[Check]:
 
     Raises
     ------
-    DeviceError, MissingPackageError
-        It cannot be tried on this machine in this way, which says nothing of the bundle.
+    DeviceError, MissingPackageError, NativeError
+        It cannot be tried on this machine in this way, or llama.cpp's build runs no bundle here, which says nothing of
+        this one.
     """
     checks: list[Check] = []
     with ExitStack() as opened:
@@ -81,9 +87,9 @@ def run(path: Path, *, device: str = "auto") -> list[Check]:
                 continue
             try:
                 checks.append(Check(name, "ok", step()))
-            except (DeviceError, MissingPackageError):  # of the machine, not of the bundle
-                raise
             except XrayError as error:
+                if isinstance(error, _MACHINE):
+                    raise
                 failed = name
                 checks.append(Check(name, "failed", str(error)))
     return checks
@@ -210,10 +216,11 @@ def _steps(path: Path, device: str, opened: ExitStack) -> Iterator[tuple[str, Ca
     def native() -> str:
         verdict = selftest.probe(found["bundle"].llm)  # a child process: a file that crashes it does no harm here
         if not verdict.healthy:
-            raise NativeError(
-                f"llama.cpp does not run llm.gguf: {verdict.cause}; `xraygpt-lite doctor` tells whether its build "
-                "is to blame"
-            )
+            try:
+                selftest.check(store.find(None) / "llm.gguf", Cache(None))
+            except NativeError as error:
+                raise _BuildError(str(error)) from error
+            raise BundleError(f"llama.cpp runs the default bundle's, but not this llm.gguf: {verdict.cause}")
         return f"a child process decoded in {verdict.seconds:.1f} s"
 
     def load() -> str:

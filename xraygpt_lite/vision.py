@@ -45,6 +45,16 @@ def _runtime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
+        cause: BaseException | None = error
+        while cause:
+            if isinstance(cause, KeyboardInterrupt):  # it came while a native module was being imported
+                raise KeyboardInterrupt from None
+            cause = cause.__cause__ or cause.__context__
+        for name, version in found.items():
+            raise MissingPackageError(
+                f"{name} {version} is installed and cannot be imported: {_first_line(error)}; run: pip install "
+                f"--force-reinstall {name}=={version}"
+            ) from error
         raise MissingPackageError(
             "ONNX Runtime is not installed; run: pip install 'xraygpt-lite[cpu]' "
             "(or 'xraygpt-lite[cuda]' with an NVIDIA GPU)"

@@ -312,6 +312,12 @@ def unsalted(batch: Batch, given: list[str]) -> Result:
         os.rename("away", "out.jsonl.salt")
 
 
+def test_the_rendered_file_s_name_tells_its_journal(batch: Batch, archive: Path) -> None:
+    for output, rendered in (("run.1", "run.1.csv"), ("run.2", "run.2.csv"), ("a.b.jsonl", "a.b.csv")):
+        assert batch("in/scan1.png", "-o", output, "--format", "csv").exit_code == 0
+        assert (archive / rendered).is_file()
+
+
 def test_what_cannot_be_an_output(batch: Batch, archive: Path) -> None:
     """Each is refused before any work, in a sentence, and nothing is touched."""
     Path("notes.jsonl").write_text('{"mine": true}\n')

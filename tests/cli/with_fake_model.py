@@ -94,6 +94,7 @@ class Stream(contextlib.AbstractContextManager["Stream"]):
 class Chat:
     def __init__(self, model: Model, image: str | bytes) -> None:
         self._model, self._image = model, image
+        self.radiograph = SimpleNamespace(warnings=model.warnings(image))
         self.turns: list[Summary] = []
 
     def stream(self, question: str | None, options: GenerationOptions | None, *, task: Any, box: Any) -> Stream:
@@ -149,8 +150,8 @@ class Model:
             prompt_variant="demo",
             text=text.strip(),
             raw_text=text,
-            finish="stop",
-            warnings=("only the first of 2 frames was read",) if size == 7 else (),
+            finish="length" if "long" in asked else "stop",
+            warnings=(*self.warnings(image), *(["cut off"] if "long" in asked else [])),
             options=resolve(options, MANIFEST),
             device="cpu",
             bundle_id="0" * 64,
@@ -163,6 +164,9 @@ class Model:
             task=request.task,
             asked_box=request.box,
         )
+
+    def warnings(self, image: str | bytes) -> tuple[str, ...]:
+        return ("only the first of 2 frames was read",) if self._read(image) == 7 else ()
 
     def _read(self, image: str | bytes) -> int:
         if isinstance(image, bytes):

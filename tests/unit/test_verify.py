@@ -13,8 +13,8 @@ import tiny_bundle
 from xraygpt_lite import prompt, verify, vision
 from xraygpt_lite.bundle import manifest, store
 from xraygpt_lite.cache import Cache
-from xraygpt_lite.errors import BundleError, DeviceError
-from xraygpt_lite.llm import native, quantize
+from xraygpt_lite.errors import BundleError, DeviceError, NativeError
+from xraygpt_lite.llm import native, quantize, selftest
 from xraygpt_lite.model import XrayModel, open_bundle
 from xraygpt_lite.values import Check, Float32, ImageTokens
 
@@ -53,6 +53,24 @@ def test_what_this_machine_lacks_says_nothing_of_the_bundle(recorded_bundle: Pat
         pytest.skip("this machine has a GPU")
     with pytest.raises(DeviceError, match="cannot be met"):
         verify.run(recorded_bundle, device="cuda")
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_a_broken_build_says_nothing_of_the_bundle(
+    recorded_bundle: Path, monkeypatch: pytest.MonkeyPatch, everywhere: bool
+) -> None:
+    def probe(gguf: Path) -> selftest.Verdict:
+        broken = everywhere or gguf.parent == recorded_bundle
+        return selftest.Verdict(not broken, broken, "an illegal instruction" * broken, "build", "cpu", 0.1)
+
+    monkeypatch.setattr(selftest, "probe", probe)
+    if everywhere:
+        with pytest.raises(NativeError, match="reinstall it with"):
+            verify.run(recorded_bundle, device="cpu")
+        return
+    checks = verify.run(recorded_bundle, device="cpu")
+    assert failed(checks) == "language model runs"
+    assert any("but not this llm.gguf: an illegal instruction" in check.detail for check in checks)
 
 
 def test_passes_where_it_was_recorded(recorded_bundle: Path) -> None:

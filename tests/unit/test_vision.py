@@ -165,6 +165,28 @@ def test_without_a_runtime_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
         vision.available_providers()
 
 
+class Importing:
+    """An importer of onnxruntime that fails as its native module does."""
+
+    def __init__(self, cause: BaseException | None) -> None:
+        self._cause = cause
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "onnxruntime":
+            raise ImportError("initialization failed\nsecret") from self._cause
+
+
+def test_a_runtime_that_cannot_be_imported_is_not_called_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "onnxruntime")
+    monkeypatch.setattr(vision, "installed_runtimes", lambda: {"onnxruntime": "1.2"})
+    monkeypatch.setattr(sys, "meta_path", [Importing(None), *sys.meta_path])
+    with pytest.raises(MissingPackageError, match=r"onnxruntime 1.2 is installed .*: initialization failed; run: pip"):
+        vision.available_providers()
+    monkeypatch.setattr(sys, "meta_path", [Importing(KeyboardInterrupt()), *sys.meta_path[1:]])
+    with pytest.raises(KeyboardInterrupt):
+        vision.available_providers()
+
+
 def test_with_both_runtimes_it_says_what_to_remove(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vision.metadata, "version", lambda _: "1.0")
     with pytest.raises(MissingPackageError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):

@@ -242,6 +242,28 @@ class Pipeline(Closing):
                 self._end(job)
         if not batch:
             return
+        try:
+            self._encode_these(batch)
+        except XrayError:
+            if not self._model.usable:
+                raise
+            self._encode_each(batch)
+
+    def _encode_each(self, batch: Sequence[Decoded]) -> None:
+        """Of a batch that could not be encoded, fail what cannot be alone; of several all: the encoder is to blame."""
+        failures: list[tuple[Decoded, XrayError]] = []
+        for one in batch:
+            try:
+                self._encode_these([one])
+            except XrayError as error:
+                failures.append((one, error))
+        if len(failures) == len(batch) > 1:
+            raise failures[0][1]
+        for one, why in failures:
+            failed = Failed(one.input, one.radiograph.sha256, "vision", type(why).__name__, str(why))
+            self._end(self._jobs[id(one.input)], self._failures(failed))
+
+    def _encode_these(self, batch: Sequence[Decoded]) -> None:
         squares = normalize([one.square for one in batch], self._model.bundle.manifest.image)
         pixels = Pixels(squares, tuple(one.placement for one in batch))
         radiographs = [one.radiograph for one in batch]

@@ -173,7 +173,9 @@ class Run(Closing):
         for given in self._inputs:
             job = None if given is None else self._job(given)
             if job is None:
-                yield self._next_alone(alone)
+                yield (suspect := self._next_alone(alone))
+                while suspect and self._pipeline.in_flight:
+                    yield None
             elif not job.asked:
                 self.skipped += 1
                 if self.journal and self._crashes(job):

@@ -16,6 +16,7 @@ from xraygpt_lite import device, prompt
 from xraygpt_lite.bundle import gguf_header
 from xraygpt_lite.cache import Cache
 from xraygpt_lite.llm import native, rates, selftest
+from xraygpt_lite.llm.sequence import check_fit
 from xraygpt_lite.processors import Others
 from xraygpt_lite.values import Bundle, DevicePlan, Pixels
 from xraygpt_lite.vision import Encoder
@@ -33,15 +34,22 @@ def rows(bundle: Bundle, asked: Sequence[prompt.Asked], variant: str | None, ans
     ------
     UsageError
         The bundle has no such wording.
+    ContextError
+        A question and its answer are longer than the model can take, whatever the image.
     """
     manifest = bundle.manifest
     _, wording = prompt.variant_of(manifest.prompt, variant)
     image = np.zeros((manifest.image_tokens, manifest.width), np.float32)
     model = native.Model(bundle.llm, vocabulary_only=True)
     try:
-        texts = [(prompt.wording(manifest.prompt, one, ""), answer + (_BOX if one.box else 0)) for one in asked]
-        texts += [(finding.question, _CHOICE) for finding in manifest.prompt.findings if findings]
-        return max(sum(map(len, prompt.build(wording, text, image, model.tokenize))) + beside for text, beside in texts)
+        texts = [(prompt.wording(manifest.prompt, one, ""), answer, _BOX if one.box else 0) for one in asked]
+        texts += [(finding.question, _CHOICE, 0) for finding in manifest.prompt.findings if findings]
+        longest = 0
+        for text, answered, beside in texts:
+            needed = sum(map(len, prompt.build(wording, text, image, model.tokenize)))
+            check_fit(0, needed, answered, gguf_header.read(bundle.llm).context_length)
+            longest = max(longest, needed + answered + beside)
+        return longest
     finally:
         model.close()
 

@@ -8,12 +8,15 @@ It knows no journal: names are those of `inputs.find`, so that a run with and on
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import math
 import os
 import queue
+import signal
 import stat
+import sys
 import threading
 import time
 import warnings
@@ -37,10 +40,14 @@ from watchdog.observers.api import BaseObserver
 from xraygpt_lite.batch.inputs import Input, could_be_radiograph, folder_labels, matcher, unreadable
 from xraygpt_lite.errors import UsageError
 
+if sys.platform == "linux":
+    import fcntl
+
 _TICK_S = 0.1  # between two looks at what was told, and at what may have settled
 _SOON_S = 5.0  # between two goes through the folders where events cannot be relied on
 _SHARE = 20  # between two goes, this many times as long as the last one took
 _CLOSE_S = 5.0  # a look at a network folder that does not answer is not waited for longer
+_OPEN_S = 60.0  # a file that stands still and is open is not waited for longer: some network folders call all open
 _MOST_GONE = 100  # looks in vain until the caller gets its turn
 _TOLD = [FileCreatedEvent, FileModifiedEvent, FileMovedEvent, FileClosedEvent, DirCreatedEvent, DirMovedEvent]
 _QUIET = logging.NullHandler()
@@ -73,7 +80,8 @@ def watch(
     include, exclude
         Patterns as in `inputs.matcher`.
     settle
-        Seconds of standing still. A writer that pauses for longer is taken to have finished.
+        Seconds of standing still. A writer that pauses for longer is taken to have finished, but for one that has the
+        file open where the system tells so: it has a minute (on Linux, of this user's files, in local folders).
     rescan
         Most seconds between two goes through the folders. The first follow after 5 s, 10 s, 20 s …, and after 5 s again
         whenever one found what the system had not told of: network folders, lost events, folders beyond the system's
@@ -282,6 +290,8 @@ class _Watcher:
             young = _Young(state, -math.inf if old else now, told or bool(young and young.told))
             self._young[path] = young
         young.told |= told
+        if again and young.told and now < young.since + max(self._settle, _OPEN_S) and _being_written(path):
+            return
         if young.since + self._settle <= now:
             del self._young[path]
             self._seen.add(mark)
@@ -308,6 +318,21 @@ class _Ear(FileSystemEventHandler):
 
 def _name(root: _Root, below: str) -> str:
     return root.label + below.replace(os.sep, "/")
+
+
+def _being_written(path: str) -> bool:
+    """Whether some process has a file open for writing; False where the system does not tell."""
+    if sys.platform == "linux":
+        try:
+            with open(path, "rb") as file:
+                # A lease to read is refused while somebody writes. Who opens the file while we hold it waits for us,
+                # and we are told by a signal, which would end this process if it were the usual one.
+                fcntl.fcntl(file, fcntl.F_SETSIG, signal.SIGURG)
+                fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+                fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError as error:
+            return error.errno == errno.EAGAIN
+    return False
 
 
 def _state(path: str, opened: bool = False) -> _State | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from xraygpt_lite.cli import console, options
+from xraygpt_lite.cli import console, interrupt, options
 from xraygpt_lite.cli.tally import MODES, Tally
 from xraygpt_lite.errors import UsageError
 
@@ -95,26 +95,32 @@ def command(
         raise UsageError("-o - would be standard output; the journal must be a file")
     console.check_name(output)
     corners = options.box(box) if box is not None else None
+    wanted = options.generation(**given)
+    rendered = _rendered(output, form, inputs) if form else None
     stop = threading.Event()
-    with _signals(stop):
+    with interrupt.heard():
         from xraygpt_lite.batch.inputs import find, parse_shard
-        from xraygpt_lite.batch.pipeline import Ask
-        from xraygpt_lite.batch.runner import Run, drained
 
         part = parse_shard(shard) if shard is not None else None
         filters: dict[str, Any] = {"include": include, "exclude": exclude}
-        rendered = _rendered(output, form, inputs) if form else None
-        ask = Ask(questions or (None,), task, corners, variant, options.generation(**given), findings)
+        files: list[Input] = []
+        if not watch:
+            # Bytes: a name need not be valid in any encoding.
+            lines = (os.fsdecode(line) for line in sys.stdin.buffer) if "-" in inputs and sys.stdin else None
+            files += _others(find(inputs, order=order, limit=limit, shard=part, stdin=lines, **filters), output)
+    count = None if watch else len(files)
+    with _signals(stop):
+        from xraygpt_lite.batch.pipeline import Ask
+        from xraygpt_lite.batch.runner import Run, drained
+
+        ask = Ask(questions or (None,), task, corners, variant, wanted, findings)
         source: Generator[Input | None]
         if watch:
             from xraygpt_lite.batch.watch import watch as arriving
 
-            source, count = _others(arriving(inputs, stop, **filters), output), None
+            source = _others(arriving(inputs, stop, **filters), output)
         else:
-            # Bytes: a name need not be valid in any encoding.
-            lines = (os.fsdecode(line) for line in sys.stdin.buffer) if "-" in inputs and sys.stdin else None
-            files = list(_others(find(inputs, order=order, limit=limit, shard=part, stdin=lines, **filters), output))
-            source, count = drained(files), len(files)
+            source = drained(files)
         with (
             closing(source),
             Run(
@@ -189,7 +195,9 @@ def _rendered(output: str, form: str, inputs: tuple[str, ...]) -> Target:
     """The file beside the journal that takes the rendered one."""
     from xraygpt_lite.cli.report import Target
 
-    return Target(os.fspath(Path(output).with_suffix(f".{form}")), output, inputs)
+    stem, ending = os.path.splitext(output)
+    # Anything else behind a dot tells one journal from another: run.1, run.2.
+    return Target(f"{stem if ending in ('.jsonl', '.json', f'.{form}') else output}.{form}", output, inputs)
 
 
 def _counts(run: Run) -> str:

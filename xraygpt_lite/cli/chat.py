@@ -69,6 +69,7 @@ class _Conversation:
 
         An interrupt leaves the conversation as if this had not been asked.
         """
+        from xraygpt_lite.options import undrawn
         from xraygpt_lite.report import text as form
 
         question, task, box = self._parse(line)
@@ -84,10 +85,11 @@ class _Conversation:
             raise
         screen.end(form.answer(summary))
         for warning in summary.warnings:
-            # those of the image come with every answer
-            if not self._quiet and (warning not in self._warned or summary.finish == "length"):
+            if not self._quiet and warning not in self._warned:
                 console.warn(warning)
-            self._warned.add(warning)
+        manifest = self._model.bundle.manifest
+        # These come with every answer, others are about one answer.
+        self._warned |= {*self._session.radiograph.warnings, *manifest.warnings, *undrawn(summary.options, manifest)}
 
     def _parse(self, line: str) -> tuple[str | None, str | None, Corners | None]:
         """Question, task and box of a line; the first word after a task about a rectangle is the rectangle."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Iterable
 from io import TextIOWrapper
@@ -101,7 +102,8 @@ class OutputFile:
     def __init__(self, path: str, inputs: Iterable[str], option: str = "-o") -> None:
         self._name = f"{option} {path}"
         self._path = Path(os.path.realpath(path))
-        self._draft = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        # Not by the process's number: in containers, two that share a folder may have the same.
+        self._draft = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.tmp")
         if self._path.exists():
             if not self._path.is_file():
                 raise UsageError(f"{self._name} is not a regular file; name a file, or leave {option} out")

@@ -27,7 +27,7 @@ from xraygpt_lite.errors import NativeError
 from xraygpt_lite.llm.library import exact
 from xraygpt_lite.llm.quantize import quantize
 from xraygpt_lite.model import XrayModel
-from xraygpt_lite.values import Bundle, Failure, GenerationOptions, Summary
+from xraygpt_lite.values import Bundle, Failure, GenerationOptions, Radiograph, Summary
 
 COUNT = 14
 OPTIONS = GenerationOptions(max_tokens=20)
@@ -165,6 +165,37 @@ def test_one_bad_file_is_one_failure(bundles: dict[str, Bundle], folder: Path) -
     bad = found.pop("none.png")
     assert [(one.question, one.stage, one.error) for one in bad] == [(q, "read", "ImageError") for q in QUESTIONS]  # type: ignore[attr-defined]
     assert all(isinstance(record, Summary) for records in found.values() for record in records)
+
+
+def test_one_that_the_encoder_cannot_take_is_one_failure(
+    bundles: dict[str, Bundle], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(bundles["q8_0"], 3) as model:
+        encode = model.encode
+        monkeypatch.setattr(model, "encode", lambda *given: refuse("5.png", encode, *given))
+        found = answered(model, Ask(options=OPTIONS), find([folder], include=["?.png"]))
+    kinds = {name: [type(record) for record in records] for name, records in found.items()}
+    assert kinds == {f"{number}.png": [Failure if number == 5 else Summary] for number in range(10)}
+    (failure,) = found["5.png"]
+    assert isinstance(failure, Failure)
+    assert (failure.stage, failure.error, failure.message) == ("vision", "NativeError", "no memory")
+    assert failure.sha256
+
+
+def test_an_encoder_that_takes_none_ends_the_run(
+    bundles: dict[str, Bundle], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(bundles["q8_0"], 3) as model:
+        monkeypatch.setattr(model, "encode", lambda *given: refuse("", None, *given))
+        with pytest.raises(NativeError, match="no memory"):
+            answered(model, Ask(options=OPTIONS), find([folder], include=["?.png"]))
+
+
+def refuse(name: str, encode: Any, radiographs: Sequence[Radiograph], *given: Any) -> Any:
+    """An encoder that fails on batches with an image of this name."""
+    if any(one.source.endswith(name) for one in radiographs):
+        raise NativeError("no memory")
+    return encode(radiographs, *given)
 
 
 def test_an_answer_that_takes_too_long_is_one_failure(

@@ -11,6 +11,7 @@ from xraygpt_lite import model as models
 from xraygpt_lite.batch import sizing
 from xraygpt_lite.bundle import gguf_header, store
 from xraygpt_lite.cache import Cache
+from xraygpt_lite.errors import ContextError
 from xraygpt_lite.llm import rates
 from xraygpt_lite.prompt import Asked
 from xraygpt_lite.values import Bundle, GenerationOptions
@@ -33,6 +34,12 @@ def test_rows_are_what_a_first_turn_takes(bundle: Bundle, question: str) -> None
     with models.open_bundle(bundle, threads=1, context=rows) as model:
         exact = model.summarize(EXAMPLE, question, GenerationOptions(max_tokens=9))
     assert exact.prompt_tokens + exact.image_tokens + 9 == rows
+
+
+def test_what_can_never_fit_is_told_before_the_run(bundle: Bundle) -> None:
+    longest = gguf_header.read(bundle.llm).context_length
+    with pytest.raises(ContextError, match=f"do not fit the model's context of {longest}"):
+        sizing.rows(bundle, [Asked("?")], None, longest, findings=False)
 
 
 def test_findings_need_room_too(bundle: Bundle) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -200,6 +201,23 @@ def test_a_copy_that_was_under_way_at_the_start_is_waited_for(inbox: Path, arriv
             file.write(b"x")
         assert arrivals.inputs == []
     assert arrivals.until(1) == ["copy.dcm"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells who has a file open")
+def test_a_writer_that_pauses_is_waited_for_while_it_has_the_file_open(
+    inbox: Path, arrive: Callable[..., Arrivals], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrivals = arrive(inbox, settle=0.1)
+    arrivals.fetch(0.1)
+    with open(inbox / "slow.dcm", "wb", buffering=0) as file:
+        file.write(b"x")
+        arrivals.fetch(1.0)
+        assert arrivals.inputs == []
+    assert arrivals.until(1) == ["slow.dcm"]
+    monkeypatch.setattr(module, "_OPEN_S", 0.5)
+    with open(inbox / "recorder.dcm", "wb", buffering=0) as file:
+        file.write(b"x")
+        assert arrivals.until(2) == ["recorder.dcm", "slow.dcm"]  # not for ever
 
 
 def test_renamed_moved_and_linked_into_the_folder(inbox: Path, tmp_path: Path, arrive: Callable[..., Arrivals]) -> None:
