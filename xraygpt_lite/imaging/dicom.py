@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from pydicom import dcmread
 from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
+from pydicom.multival import MultiValue
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.pixels.processing import apply_windowing
 from pydicom.uid import (
@@ -26,7 +28,7 @@ from pydicom.uid import (
 )
 
 from xraygpt_lite.errors import ImageError
-from xraygpt_lite.imaging.guard import check_size, silence
+from xraygpt_lite.imaging.guard import check_size, no_memory, silence
 from xraygpt_lite.values import Float32
 
 _TAGS = [
@@ -46,6 +48,8 @@ _OTHER_MODALITIES = {
 }  # fmt: skip
 _CHEST = ("CHEST", "THORAX", "LUNG", "RIB", "HEART")
 _LATERAL = frozenset({"LL", "RL", "LAT", "LATERAL"})
+_UNUSABLE = (ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+"""What pydicom and numpy raise on elements that are empty, short or of another kind."""
 _DECODERS = ("pylibjpeg", "pyjpegls", "pillow", "pydicom", "gdcm")
 """Order of preference: gdcm last, it turns pixels into text and back; it is the only one for JPEG lossless."""
 
@@ -69,6 +73,8 @@ def decode(data: bytes, source: str) -> tuple[Float32, tuple[str, ...], str | No
             uid = UID(str(ds.get("SOPInstanceUID", "")))
         except ImageError:
             raise
+        except MemoryError:
+            raise no_memory(source) from None
         except Exception as error:  # pydicom and its decoders raise errors of any kind on damaged data
             raise ImageError(
                 f"{source}: the DICOM file is damaged, incomplete or encrypted ({type(error).__name__}); expected a "
@@ -164,20 +170,39 @@ def _decode_pixels(ds: Dataset, source: str) -> npt.NDArray[np.integer[Any]]:
 
 def _check_codestream(ds: Dataset, source: str) -> None:
     """Hold the compressed image's own size against the header's: a small header must not hide a huge image."""
-    data = bytes(ds.PixelData)
-    start = min((i for i in (data.find(b"\xff\xd8\xff"), data.find(b"\xff\x4f\xff\x51")) if i >= 0), default=-1)
-    if start < 0:
-        raise ValueError("no compressed image")
-    if data[start + 1] == 0x4F:  # JPEG 2000: SIZ has Xsiz, Ysiz, XOsiz, YOsiz
+    offsets = [ds.get(name) for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    # The very bytes that are decoded: other items may hold what looks like an image of another size.
+    data = get_frame(
+        ds.PixelData,
+        0,
+        number_of_frames=int(ds.get("NumberOfFrames") or 1),
+        extended_offsets=None if None in offsets else (offsets[0], offsets[1]),
+    )
+    start = _codestream(data)
+    if data.startswith(b"\xff\x4f\xff\x51", start):  # JPEG 2000: SIZ has Xsiz, Ysiz, XOsiz, YOsiz
         x, y, left, top = (int.from_bytes(data[i : i + 4], "big") for i in range(start + 8, start + 24, 4))
         width, height = x - left, y - top
-    else:
+    elif data.startswith(b"\xff\xd8\xff", start):
         width, height = _jpeg_size(data, start + 2)
+    else:
+        raise ValueError("no compressed image")
     if (width, height) != (ds.Columns, ds.Rows):
         raise ImageError(
             f"{source}: the compressed image has {width} x {height} pixels, the DICOM header says "
             f"{int(ds.Columns)} x {int(ds.Rows)}. Export or copy it again."
         )
+
+
+def _codestream(data: bytes) -> int:
+    """Where the compressed image begins: at once, or in a box of a JP2 file, which some writers put there."""
+    at = 0
+    while data.startswith(b"\0\0\0\x0cjP  ") and at + 8 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        long = length == 1
+        if kind == b"jp2c":
+            return at + (16 if long else 8)
+        at += max(8, int.from_bytes(data[at + 8 : at + 16], "big") if long else length)
+    return at
 
 
 def _jpeg_size(data: bytes, at: int) -> tuple[int, int]:
@@ -226,8 +251,9 @@ def _grey(
 ) -> tuple[npt.NDArray[np.float64], tuple[str, ...]]:
     """Modality, then VOI: float64 in [0, 1] for each stored value.
 
-    A VOI LUT goes before a window, the first of several is used. Without either, 8-bit images without a modality step
-    are display values as they are; others take the full range of the values present, with a warning.
+    A VOI LUT goes before a window, the first of several is used; what is broken is passed over, with a warning. Without
+    either, 8-bit images without a modality step are display values as they are; others take the full range of the
+    values present, with a warning.
     """
     modality = ds.get("ModalityLUTSequence")
     if modality:
@@ -235,17 +261,21 @@ def _grey(
     else:
         # Not pydicom's function: it fails where an element is empty, and leaves a lone one out.
         linear = values.astype(np.float64) * _number(ds, "RescaleSlope", 1) + _number(ds, "RescaleIntercept", 0)
+    note = ""
     if ds.get("VOILUTSequence"):
-        entries, top = _look_up(linear, ds.VOILUTSequence[0], ds)
-        return entries / top, ()
-    note = "The file has no window"
+        try:
+            entries, top = _look_up(linear, ds.VOILUTSequence[0], ds)
+            return entries / top, ()
+        except _UNUSABLE:
+            note = "The file's VOI look-up table cannot be used"
     if ds.get("WindowCenter") not in (None, "") and ds.get("WindowWidth") not in (None, ""):
         try:
-            return _window(linear, ds), ()
-        except ValueError:
+            return _window(linear, ds), (f"{note}; its window was.",) if note else ()
+        except _UNUSABLE:
             note = "The file's window cannot be used"
-    elif ds.BitsStored == 8 and ds.PixelRepresentation == 0 and np.array_equal(linear, values):
+    elif not note and ds.BitsStored == 8 and ds.PixelRepresentation == 0 and np.array_equal(linear, values):
         return linear / 255, ()
+    note = note or "The file has no window"
     seen = linear[present] if present.any() else linear
     low, high = float(seen.min()), float(seen.max())
     return (linear - low) / ((high - low) or 1), (f"{note}; the full range of its values was shown.",)
@@ -259,8 +289,13 @@ def _number(ds: Dataset, name: str, default: float) -> float:
 
 def _window(linear: npt.NDArray[np.float64], ds: Dataset) -> npt.NDArray[np.float64]:
     """PS3.3 C.11.2.1.2 and C.11.2.1.3. A pretended 1-bit output makes pydicom's output range [0, 1]."""
+    several = isinstance(ds.WindowCenter, MultiValue), isinstance(ds.WindowWidth, MultiValue)
+    centre = float(ds.WindowCenter[0] if several[0] else ds.WindowCenter)
+    width = float(ds.WindowWidth[0] if several[1] else ds.WindowWidth)
+    if not np.isfinite([centre, width]).all():
+        raise ValueError("the window is not a number")
     view = Dataset()
-    view.WindowCenter, view.WindowWidth = ds.WindowCenter, ds.WindowWidth
+    view.WindowCenter, view.WindowWidth = centre, width
     view.VOILUTFunction = ds.get("VOILUTFunction") or "LINEAR"
     view.PhotometricInterpretation, view.PixelRepresentation, view.BitsStored = "MONOCHROME2", 0, 1
     return np.asarray(apply_windowing(linear, view), np.float64)
@@ -274,6 +309,11 @@ def _look_up(values: npt.NDArray[Any], item: Dataset, ds: Dataset) -> tuple[npt.
     """
     count, first, bits = (int(v) for v in item.LUTDescriptor)
     count = count % 2**16 or 2**16  # an implicit VR with signed pixels makes a negative number of a large one
+    # Without a type of its own (implicit VR), a number is read by the pixels' sign, which need not be the values'.
+    if first >= 2**15 and values.min() < 0:
+        first -= 2**16
+    elif first < 0 and values.max() >= 2**15:
+        first += 2**16
     data = item.LUTData
     if isinstance(data, bytes):
         big = not ds.original_encoding[1]

@@ -97,3 +97,8 @@ def silence() -> Iterator[None]:
             undo = _quiet.pop() if len(_quiet) > 1 else _quiet.pop(0)
             if callable(undo):
                 undo()
+
+
+def no_memory(source: str) -> ImageError:
+    """What is said of an image that may well be whole."""
+    return ImageError(f"{source}: memory ran out while the image was decoded. Close other programs and try again.")

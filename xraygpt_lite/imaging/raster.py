@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, _imaging
 
 from xraygpt_lite.errors import ImageError
-from xraygpt_lite.imaging.guard import check_size, silence, to_unit
+from xraygpt_lite.imaging.guard import check_size, no_memory, silence, to_unit
 from xraygpt_lite.values import Float32
 
 FORMATS = ("PNG", "JPEG", "TIFF")
@@ -42,6 +42,8 @@ def decode(data: bytes, source: str) -> tuple[Float32, tuple[str, ...]]:
                 return _grey(image, source)
         except ImageError:
             raise
+        except MemoryError:
+            raise no_memory(source) from None
         except Image.DecompressionBombError:
             raise ImageError(f"{source}: the image says more pixels than are ever decoded. Scale it down.") from None
         except Exception as error:  # Pillow's decoders raise errors of any kind on damaged data

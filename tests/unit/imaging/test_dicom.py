@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydicom import uid as uids
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.sequence import Sequence
 
 from xraygpt_lite.errors import ImageError
+from xraygpt_lite.imaging import dicom, raster
 from xraygpt_lite.imaging.guard import silence
 from xraygpt_lite.imaging.read import read
 from xraygpt_lite.values import Radiograph
@@ -137,6 +138,41 @@ def test_jpeg_baseline(picture: Stored, make_dicom: MakeDicom, to_bytes: ToBytes
         read(to_bytes(ds))
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_size_is_that_of_the_image_that_is_decoded(
+    wrapped: bool, picture: Stored, make_dicom: MakeDicom, to_bytes: ToBytes
+) -> None:
+    """Not that of what stands in the offset table; also where a writer put a whole JP2 file there."""
+    ds = make_dicom(picture, BitsStored=12, **FULL)
+    ds.compress(uids.JPEG2000Lossless, generate_instance_uid=False)
+    codestream = get_frame(ds.PixelData, 0, number_of_frames=1)
+    if wrapped:
+        signature = b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0\0\0\x14ftypjp2 \0\0\0\0jp2 "
+        codestream = signature + (8 + len(codestream)).to_bytes(4, "big") + b"jp2c" + codestream
+    small = b"\0\0\0\0\xff\x4f\xff\x51\0\x29\0\0" + (40).to_bytes(4, "big") + (40).to_bytes(4, "big") + bytes(16)
+    first = b"\xfe\xff\x00\xe0" + len(small).to_bytes(4, "little") + small  # offsets: 0, and what looks like an image
+    ds.PixelData = first + encapsulate([codestream], has_bot=False)[8:]
+    ds.Rows = 40
+    with pytest.raises(ImageError, match="40 x 48 pixels, the DICOM header says 40 x 40"):
+        read(to_bytes(ds))
+
+
+def test_without_memory_no_image_is_called_damaged(
+    make_dicom: MakeDicom, to_bytes: ToBytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (40, 48)).save(buffer, "PNG")
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(dicom, "_display", fail)
+    monkeypatch.setattr(raster, "_grey", fail)
+    for data in (to_bytes(make_dicom(with_values(1))), buffer.getvalue()):
+        with pytest.raises(ImageError, match="memory ran out while the image was decoded"):
+            read(data)
+
+
 def test_shared_files_against_an_independent_reading(shared: Path) -> None:
     folder = shared / "data/dicom"
     for path in folder.glob("*.dcm"):
@@ -223,6 +259,20 @@ def test_a_long_lut_is_read_in_implicit_vr_with_signed_pixels(make_dicom: MakeDi
     assert read(to_bytes(ds)).pixels[0, :3] == pytest.approx([0, 10000 / 65535, 20000 / 65535])
 
 
+@pytest.mark.parametrize("syntax", [uids.ImplicitVRLittleEndian, uids.ExplicitVRLittleEndian])
+def test_a_lut_whose_first_value_has_another_sign_than_the_pixels(
+    syntax: str, make_dicom: MakeDicom, to_bytes: ToBytes
+) -> None:
+    ds = make_dicom(with_values(0, 500, 1000), RescaleSlope="1", RescaleIntercept="-1000")
+    ds.VOILUTSequence = lut(2**16 - 1000, 10, *range(1001))  # from -1000 on
+    ds.file_meta.TransferSyntaxUID = syntax
+    assert read(to_bytes(ds)).pixels[0, :3] == pytest.approx([0, 500 / 1023, 1000 / 1023])
+    ds = make_dicom(with_values(0, 500, 1000, dtype=np.int16), RescaleSlope="1", RescaleIntercept="40000")
+    ds.VOILUTSequence = lut(40000, 10, *range(1001))
+    ds.file_meta.TransferSyntaxUID = syntax
+    assert read(to_bytes(ds)).pixels[0, :3] == pytest.approx([0, 500 / 1023, 1000 / 1023])
+
+
 @pytest.mark.parametrize(
     ("slope", "intercept", "expected"),
     [("", "", [0, 0.5, 1]), (None, "-1000", [0, 0.25, 0.75]), ("2", None, [0, 1, 1]), ("2", "", [0, 1, 1])],
@@ -257,9 +307,31 @@ def test_8_bits_without_a_window_are_display_values(make_dicom: MakeDicom, to_by
     assert radiograph.warnings == ()
 
 
-@pytest.mark.parametrize(("centre", "width"), [("100", "0"), ("100", "-5")])
+def test_a_voi_look_up_table_that_cannot_be_used_is_a_warning(make_dicom: MakeDicom, to_bytes: ToBytes) -> None:
+    ds = make_dicom(with_values(10, 20, 30))
+    for item in (lut(0, 16, *range(100)), Sequence([Dataset()])):
+        if "LUTDescriptor" in item[0]:
+            item[0].LUTDescriptor = [1000, 0, 16]
+        ds.VOILUTSequence = item
+        radiograph = read(to_bytes(ds))
+        assert radiograph.pixels[0, :3] == pytest.approx([0, 0.5, 1])
+        assert radiograph.warnings == (
+            "The file's VOI look-up table cannot be used; the full range of its values was shown.",
+        )
+    ds.WindowCenter, ds.WindowWidth = "20.5", "21"
+    radiograph = read(to_bytes(ds))
+    assert radiograph.pixels[0, :3] == pytest.approx([0, 0.5, 1])
+    assert radiograph.warnings == ("The file's VOI look-up table cannot be used; its window was.",)
+    ds.ModalityLUTSequence = item
+    with pytest.raises(ImageError, match="damaged"):  # the values themselves are not known
+        read(to_bytes(ds))
+
+
+@pytest.mark.parametrize(
+    ("centre", "width"), [("100", "0"), ("100", "-5"), (["", "40"], ["", "80"]), (["", ""], "5"), ("1e999", "5")]
+)
 def test_a_window_that_cannot_be_used_is_a_warning(
-    centre: str, width: str, make_dicom: MakeDicom, to_bytes: ToBytes
+    centre: str | list[str], width: str | list[str], make_dicom: MakeDicom, to_bytes: ToBytes
 ) -> None:
     radiograph = read(to_bytes(make_dicom(with_values(10, 20, 30), WindowCenter=centre, WindowWidth=width)))
     assert radiograph.pixels[0, :3] == pytest.approx([0, 0.5, 1])
