@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-from xraygpt_lite import compare, verify
+from xraygpt_lite import __version__, compare, verify
 from xraygpt_lite.bundle import manifest, store, typed_json
 from xraygpt_lite.cache import Cache
 from xraygpt_lite.converters import language, onnx, precision, weights
@@ -104,7 +104,7 @@ def convert(request: Request, progress: Progress = QUIET) -> Outcome:
     draft = _draft(request, parts, llm)
     files = [*((role, path) for role, source in parts.sources.items() for path in source.files), *llm.files]
     room = weights.room(parts, llm, draft)
-    with Staging(request.output, _identity(request, files)) as staging:
+    with Staging(request.output, _identity(request, draft, files)) as staging:
         weights.check_space(request.output, sum(room) - staging.written())
         steps = _Steps(staging, progress)
         steps.writing("exporting vision and projector to ONNX", "graphs", room.graphs)
@@ -230,8 +230,11 @@ def _draft(request: Request, parts: Parts, llm: LanguageModel) -> Manifest:
     return draft
 
 
-def _identity(request: Request, files: Sequence[tuple[str, Path]]) -> dict[str, Any]:
-    """All that decides about the result, as JSON; a file by its place, size and time."""
+def _identity(request: Request, draft: Manifest, files: Sequence[tuple[str, Path]]) -> dict[str, Any]:
+    """All that decides about the result, as JSON; a file by its place, size and time.
+
+    What was chosen counts beside what was asked for: on another CPU the same request may choose otherwise.
+    """
     images = () if request.check_images is None else compare.image_files(request.check_images)
     stats = [(role, str(path.resolve()), path.stat()) for role, path in (*files, *(("image", path) for path in images))]
     return {
@@ -239,7 +242,8 @@ def _identity(request: Request, files: Sequence[tuple[str, Path]]) -> dict[str, 
         "family": request.family,
         "name": request.name,
         "quant": request.quant,
-        "vision_type": request.vision_type,
+        "weight_types": dict(draft.weight_types),
+        "version": __version__,
         "settings": dict(request.settings),
         "files": [(role, path, stat.st_size, stat.st_mtime_ns) for role, path, stat in stats],
     }

@@ -85,7 +85,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise ConversionError(
             f"{path} cannot be read ({error.strerror}); --llm wants a Hugging Face Llama folder"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path} is not JSON: {error}") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "llama":

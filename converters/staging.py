@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -90,8 +90,11 @@ class Staging:
             else:
                 shutil.rmtree(self.folder, ignore_errors=True)
         finally:
+            # Removed while it is held: after that it may be another process's already. One that has it open sees that
+            # it is gone; where the system keeps open files in place (Windows), it stays.
+            with suppress(OSError):
+                os.unlink(self._lock.lock_file)
             self._lock.release()
-            Path(self._lock.lock_file).unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise self._sentence(error) from error
         if interrupted and stays:

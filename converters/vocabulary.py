@@ -135,6 +135,8 @@ def _model(path: Path) -> Any:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if not model.pieces or not model.IsInitialized():
         raise ConversionError(f"{path} holds no pieces; it is empty or damaged")
+    if not all(isinstance(piece.piece, str) for piece in model.pieces):
+        raise ConversionError(f"{path} holds pieces that are no text in UTF-8; it is damaged")
     if trainer.model_type != BPE or not trainer.byte_fallback:
         raise ConversionError(
             f"{path} is not a BPE model with byte fallback; llama.cpp would split text into other tokens"
@@ -192,6 +194,8 @@ def _added(folders: Sequence[Path]) -> tuple[Path, dict[int, tuple[str, bool]], 
             else:
                 entries = data.get("added_tokens", [])
                 added |= {int(entry["id"]): (str(entry["content"]), bool(entry.get("special"))) for entry in entries}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            for text, _ in added.values():
+                text.encode()  # half a character, as JSON can hold, is none
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConversionError(f"{path} is not a tokenizer's JSON file: {error!r}") from error
     return folder, added, files

@@ -147,7 +147,7 @@ def test_a_missing_extra_is_named(
     monkeypatch.chdir(made)
     monkeypatch.setattr(convert, "NEEDED", ("json", "no_such_package", "no_such.package"))
     assert run("xraygpt-paper", *FILES, "-o", "x") == 1
-    assert "pip install 'xraygpt-lite[convert]'" in capsys.readouterr().err
+    assert "pip install 'xraygpt-lite[cpu,convert]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("family", "other"), [("xraygpt", "MiniGPT-4"), ("minigpt4", "XrayGPT")])

@@ -16,6 +16,7 @@ from xraygpt_lite.errors import MissingPackageError, UsageError
 
 NEEDED = (
     "torch", "transformers", "optimum", "onnx", "gguf", "sentencepiece", "google.protobuf", "safetensors", "filelock",
+    "onnxruntime",
 )  # fmt: skip
 _F = TypeVar("_F", bound=Callable[..., Any])
 QUANTS = ("auto", "f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_xs")
@@ -189,8 +190,8 @@ def _require_packages() -> None:
     missing = [name for name in NEEDED if not _found(name)]
     if missing:
         raise MissingPackageError(
-            f"converting needs {', '.join(missing)}, which the extra 'convert' installs; "
-            "run: pip install 'xraygpt-lite[convert]'"
+            f"converting needs {', '.join(missing)}; run: pip install 'xraygpt-lite[cpu,convert]' (or 'cuda,convert' "
+            "with an NVIDIA GPU)"
         )
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -117,14 +118,42 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path: Path, shard:
         Checkpoint(folder)
 
 
-def test_a_linked_shard_is_refused(tmp_path: Path) -> None:
+def test_a_linked_shard_is_read(tmp_path: Path) -> None:
+    """As in the cache of a model hub."""
     folder = tmp_path / "llm"
     folder.mkdir()
     torch.save({"w": torch.ones(2)}, tmp_path / "outside.bin")
     (folder / "a.bin").symlink_to(tmp_path / "outside.bin")
     _index(folder, {"w": "a.bin"})
-    with pytest.raises(ConversionError, match=r"plain files"):
-        Checkpoint(folder)
+    assert Checkpoint(folder).read("w").tolist() == [1, 1]
+
+
+def test_a_type_that_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "x.bin")
+    with pytest.raises(ConversionError, match=r"'w' of .*x\.bin is of type torch\.float8_e4m3fn, which is no"):
+        Checkpoint(tmp_path / "x.bin").read("w")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_pickle_damaged_anywhere_is_told_in_a_sentence(tmp_path: Path, old: bool) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"layer.weight": torch.ones(3), "n": 1}, path, _use_new_zipfile_serialization=not old)
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        at = random.integers(len(whole), size=3)
+        damaged = bytearray(whole)
+        for place in at:
+            damaged[place] = random.integers(256)
+        path.write_bytes(damaged)
+        try:
+            source = Checkpoint(path)
+            for name in source.shapes:
+                source.read(name)
+        except ConversionError as error:
+            refused += str(path) in str(error)
+    assert refused > 30
 
 
 def test_missing_shards_and_absent_names_are_refused(tmp_path: Path) -> None:

@@ -343,6 +343,23 @@ def test_another_name_begins_anew(request_: Request, monkeypatch: pytest.MonkeyP
     assert fields["general.name"].contents() == "second"
 
 
+def test_another_choice_of_weights_begins_anew(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a conversion with --quant auto goes on upon another CPU."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "measure", interrupted)
+        patch.setattr(weights, "llm_type", lambda *_: "f16")
+        with pytest.raises(KeyboardInterrupt, match="finished steps are kept"):
+            convert(replace(request_, quant="auto"))
+    bundle = convert(replace(request_, quant="auto")).bundle
+    assert bundle.manifest.weight_types["llm"] == "q8_0"
+    kinds = {tensor.tensor_type.name for tensor in GGUFReader(bundle.llm).tensors if len(tensor.shape) > 1}
+    assert kinds == {"Q8_0"}
+
+
 def test_what_radiographs_a_comparison_saw_belongs_to_its_result(request_: Request, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
@@ -351,7 +368,7 @@ def test_what_radiographs_a_comparison_saw_belongs_to_its_result(request_: Reque
 
     def identity(name: str, content: str) -> str:
         (folder / name).write_text(content)
-        return json.dumps(assemble._identity(request, []))
+        return json.dumps(assemble._identity(request, plain_manifest(), []))
 
     assert len({identity("a.png", "1"), identity("a.png", "22"), identity("b.png", "1")}) == 3
     assert identity("notes.txt", "again") == identity("notes.txt", "another")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from gguf import GGUFReader
 from safetensors.torch import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 
 from xraygpt_lite.converters.llama import LlamaFolder, rotary_order
 from xraygpt_lite.errors import ConversionError
@@ -87,6 +88,20 @@ def _remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
+def _piece(content: bytes) -> Callable[[Path], None]:
+    """Put other bytes of the same length in the place of a piece's text."""
+
+    def spoil(folder: Path) -> None:
+        path = folder / "tokenizer.model"
+        model = sentencepiece_model_pb2.ModelProto()
+        model.ParseFromString(path.read_bytes())
+        text = next(p.piece.encode() for p in model.pieces if len(p.piece) == len(p.piece.encode()) == len(content))
+        field = bytes([10, len(text)])  # number 1, a text
+        path.write_bytes(path.read_bytes().replace(field + text, field + content))
+
+    return spoil
+
+
 def _write(name: str, content: bytes) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(content) and None
 
@@ -100,6 +115,10 @@ def _write(name: str, content: bytes) -> Callable[[Path], None]:
         (_remove("tokenizer.model"), "there is no tokenizer.model in .*llm, .* --tokenizer FILE"),
         (_write("tokenizer.model", b"\xff" * 40), "is not a SentencePiece model"),
         (_write("tokenizer.model", b""), "holds no pieces"),
+        (_piece(b"\xff\xfe"), "holds pieces that are no text in UTF-8"),
+        (_write("added_tokens.json", b'{"\\ud800": 40}'), "added_tokens.json is not a tokenizer's JSON file"),
+        (_write("added_tokens.json", b"[" * 100_000), "added_tokens.json is not a tokenizer's JSON file"),
+        (_write("config.json", b"[" * 100_000), "config.json is not JSON"),
         (_remove("model.safetensors"), "holds no weights"),
         (_write("added_tokens.json", b'{"<x>": 5000}'), "'<x>' with id 5000, which is beyond the 385 rows"),
         (_write("added_tokens.json", b'{"<x>": 5}'), "'<x>' with id 5, which is '<0x02>'"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from xraygpt_lite.converters.staging import STATE, Staging
 from xraygpt_lite.errors import ConversionError
@@ -43,6 +44,15 @@ def made(output: Path) -> None:
     with Staging(output, REQUEST) as staging:
         staging.step("a", ["bundle/*"], lambda: write(staging, "bundle/a.bin"))
         staging.finish()
+
+
+def test_the_lock_is_not_taken_from_the_next_one(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is gone before the lock is given back; removed later, it might be another process's."""
+    release, there = FileLock.release, []
+    monkeypatch.setattr(FileLock, "release", lambda lock: (there.append(Path(lock.lock_file).exists()), release(lock)))
+    made(output)
+    assert there[0] is False
+    assert beside(output) == ["bundle", "bundle/a.bin"]
 
 
 def beside(output: Path) -> list[str]:
