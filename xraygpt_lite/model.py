@@ -338,6 +338,7 @@ class XrayModel(Closing):
 
     def encode(self, radiographs: Sequence[Radiograph], pixels: Pixels, read_s: Sequence[float]) -> list[Study]:
         """Encode radiographs that were read and transformed before, in so many seconds each."""
+        self._open()
         with self.encoder_first():
             began = time.perf_counter()
             tokens = self._encoder.encode(pixels)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from xraygpt_lite.errors import UsageError
-from xraygpt_lite.values import OPTION_RANGES, GenerationOptions, Manifest, Sampling
+from xraygpt_lite.values import GenerationOptions, Manifest, Sampling
 
 _OTHERWISE = ("preset", "stops")  # not just put in place of what is below
 
@@ -30,10 +29,8 @@ def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
             raise UsageError(f"preset {given.preset!r} is unknown to bundle {manifest.name!r}; it has: {known}")
         chosen = replace(_over(chosen, manifest.presets[given.preset]), preset=given.preset)
     chosen = _over(chosen, given)
-    for name, (low, high) in OPTION_RANGES.items():
-        value = getattr(chosen, name)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise UsageError(f"{name} is {value}; it must lie between {low} and {high}")
+    if fault := chosen.fault():
+        raise UsageError(fault)
     if chosen.min_tokens > chosen.max_tokens:
         raise UsageError(f"min_tokens is {chosen.min_tokens}, more than max_tokens, {chosen.max_tokens}")
     if chosen.beams > 1 and chosen.temperature > 0:
@@ -43,6 +40,8 @@ def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
                 "out one of them"
             )
         chosen = replace(chosen, temperature=0.0)
+    if isinstance(given.stops, str) or not all(isinstance(stop, str) for stop in given.stops or ()):
+        raise UsageError(f"stops is {given.stops!r}; it must be a sequence of texts")
     return replace(chosen, stops=tuple(dict.fromkeys((*manifest.prompt.stops, *(given.stops or ())))))
 
 

@@ -110,6 +110,8 @@ def check_question(spec: PromptSpec, question: str | None) -> str:
     if question is None:
         return spec.default_question
     text = question.strip()
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError("the question holds half a character (a lone surrogate); give it as Unicode text")
     if not text:
         raise UsageError("the question is empty; leave it out to ask the bundle's default question")
     folded = text.casefold()

@@ -264,7 +264,7 @@ OPTION_RANGES: Mapping[str, tuple[float, float]] = {
     "top_k": (0, 1_000_000),
     "repeat_penalty": (0.01, 10),
     "penalty_last_n": (-1, 1_000_000),
-    "seed": (0, 2**32 - 2),
+    "seed": (0, 2**32 - 2),  # llama.cpp takes the largest 32-bit number to mean "a random seed"
     "beams": (1, 10),
 }
 """Smallest and largest value of each number in `GenerationOptions` and `Sampling`."""
@@ -285,6 +285,16 @@ class Sampling:
     beams: int = 1
     stops: tuple[str, ...] = ()
     preset: str = "default"
+
+    def fault(self) -> str:
+        """What is wrong with the first number of another type or outside its range; "" where none is."""
+        for name, (low, high) in OPTION_RANGES.items():
+            value, kind = getattr(self, name), (int if isinstance(getattr(Sampling, name), int) else float)
+            if isinstance(value, bool) or not isinstance(value, kind | int):
+                return f"{name} is {value!r}; it must be a {'whole number' if kind is int else 'number'}"
+            if not low <= value <= high:
+                return f"{name} is {value}; it must lie between {low} and {high}"
+        return ""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from xraygpt_lite import prompt
 from xraygpt_lite.bundle import store
 from xraygpt_lite.cache import Cache
 from xraygpt_lite.errors import BundleError, ClosedError, ContextError, ImageError, UsageError
+from xraygpt_lite.imaging.read import read
+from xraygpt_lite.imaging.transform import transform
 from xraygpt_lite.model import XrayModel
 from xraygpt_lite.values import GenerationOptions
 
@@ -121,7 +123,8 @@ def test_findings_are_the_scores_of_the_bundles_own_questions(model: XrayModel) 
 
 
 @pytest.mark.parametrize(
-    ("choices", "message"), [(["yes"], "1 choices"), (["a", "a"], "all different"), (["a", ""], "empty choice")]
+    ("choices", "message"),
+    [(["yes"], "1 choices"), ("Yes", "given one text"), (["a", "a"], "all different"), (["a", ""], "empty choice")],
 )
 def test_score_refuses_choices_that_make_no_sense(model: XrayModel, choices: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
@@ -174,8 +177,11 @@ def test_no_native_parser_sees_a_default_model_that_was_altered(
 def test_after_close_everything_says_so(made_bundle: Path) -> None:
     opened = models.open_bundle(store.load(made_bundle, Cache(None)), threads=1)
     chat = opened.chat(IMAGES[0])
+    spec, radiograph = opened.bundle.manifest.image, read(IMAGES[0])
     opened.close()
     opened.close()
+    with pytest.raises(ClosedError):
+        opened.encode([radiograph], transform([radiograph], spec), [0.0])
     with pytest.raises(ClosedError):
         opened.summarize(IMAGES[0])
     with pytest.raises(ClosedError):

@@ -52,6 +52,11 @@ def test_an_unknown_preset_is_refused_with_the_known_ones(manifest: Manifest) ->
         (GenerationOptions(beams=11), "beams is 11; it must lie between 1 and 10"),
         (GenerationOptions(beams=4, temperature=0.7), "temperature is 0.7 and beams is 4; beam search draws nothing"),
         (GenerationOptions(preset="authors", beams=4, temperature=1.0), "temperature is 1.0 and beams is 4"),
+        (GenerationOptions(max_tokens=10.5), "max_tokens is 10.5; it must be a whole number"),  # type: ignore[arg-type]
+        (GenerationOptions(top_k=True), "top_k is True; it must be a whole number"),
+        (GenerationOptions(temperature="1"), "temperature is '1'; it must be a number"),  # type: ignore[arg-type]
+        (GenerationOptions(stops="ab"), "stops is 'ab'; it must be a sequence of texts"),  # type: ignore[arg-type]
+        (GenerationOptions(stops=(1,)), "it must be a sequence of texts"),  # type: ignore[arg-type]
         (GenerationOptions(min_tokens=9, max_tokens=8), "min_tokens is 9, more than max_tokens, 8"),
     ],
 )

@@ -119,6 +119,7 @@ def test_a_question_goes_into_its_tasks_template(
         ("q", "nope", None, "task 'nope' is unknown to this bundle; it has: caption, identify, vqa"),
         (None, "vqa", None, r"task 'vqa' has no question of its own; say what to ask \(--question\)"),
         (" ", "caption", None, "the question is empty"),
+        ("Is \udcff?", "caption", None, "half a character"),
         ("###", "vqa", None, "contains '###'"),
         ("q", "identify", None, "task 'identify' asks about a box; give its X0,Y0,X1,Y1 in pixels"),
         (

@@ -16,10 +16,6 @@ from ..values import Sampling
 from .library import library, set_fields
 from .native import Context, Model
 
-# llama.cpp takes the largest 32-bit number to mean "a random seed".
-MAX_SEED = 2**32 - 2
-MAX_BEAMS = 10
-
 
 def check(sampling: Sampling) -> None:
     """Refuse values that cannot be meant.
@@ -29,21 +25,12 @@ def check(sampling: Sampling) -> None:
     UsageError
         Names the option, the value seen and the values allowed.
     """
-    rules = (
-        ("max_tokens", sampling.max_tokens >= 1, "at least 1"),
-        ("min_tokens", 0 <= sampling.min_tokens <= sampling.max_tokens, "from 0 to max_tokens"),
-        ("temperature", 0 <= sampling.temperature < math.inf, "0 (greedy) or more"),
-        ("top_p", 0 <= sampling.top_p <= 1, "from 0 to 1"),
-        ("top_k", sampling.top_k >= 0, "0 (off) or more"),
-        ("repeat_penalty", 0 < sampling.repeat_penalty < math.inf, "above 0; 1 is off"),
-        ("penalty_last_n", sampling.penalty_last_n >= -1, "-1 (all), 0 (off) or more"),
-        ("beams", 1 <= sampling.beams <= MAX_BEAMS, f"from 1 to {MAX_BEAMS}"),
-        ("temperature", sampling.beams == 1 or sampling.temperature == 0, "0 with beam search, which draws nothing"),
-        ("seed", 0 <= sampling.seed <= MAX_SEED, f"from 0 to {MAX_SEED}"),
-    )
-    for name, holds, expected in rules:
-        if not holds:
-            raise UsageError(f"{name} is {getattr(sampling, name)}; expected {expected}")
+    if fault := sampling.fault():
+        raise UsageError(fault)
+    if sampling.min_tokens > sampling.max_tokens:
+        raise UsageError(f"min_tokens is {sampling.min_tokens}, more than max_tokens, {sampling.max_tokens}")
+    if sampling.beams > 1 and sampling.temperature > 0:
+        raise UsageError(f"temperature is {sampling.temperature}; expected 0 with beam search, which draws nothing")
 
 
 class Sampler:

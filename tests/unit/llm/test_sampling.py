@@ -11,7 +11,7 @@ import pytest
 
 from xraygpt_lite.errors import UsageError
 from xraygpt_lite.llm.native import Batch, Context, Model
-from xraygpt_lite.llm.sampling import MAX_SEED, Sampler
+from xraygpt_lite.llm.sampling import Sampler
 from xraygpt_lite.values import DevicePlan, Float32, Sampling
 
 DRAW = Sampling(temperature=1.0, max_tokens=500)
@@ -99,7 +99,7 @@ def test_stop_ids_wait_for_min_tokens(decoded: Context) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0; expected at least 1"),
+        ({"max_tokens": 0}, "max_tokens is 0; it must lie between 1"),
         ({"min_tokens": 301}, "min_tokens is 301"),
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"temperature": float("nan")}, "temperature is nan"),
@@ -107,7 +107,7 @@ def test_stop_ids_wait_for_min_tokens(decoded: Context) -> None:
         ({"top_k": -1}, "top_k is -1"),
         ({"repeat_penalty": 0.0}, "repeat_penalty is 0.0"),
         ({"penalty_last_n": -2}, "penalty_last_n is -2"),
-        ({"seed": MAX_SEED + 1}, "seed is 4294967295"),
+        ({"seed": 2**32 - 1}, "seed is 4294967295"),
     ],
 )
 def test_values_that_cannot_be_meant(decoded: Context, change: dict[str, Any], words: str) -> None:

@@ -208,8 +208,8 @@ def test_overflow_is_told_before_anything_is_decoded(engine: Engine, short: Toke
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (Sampling(9, beams=11), "beams is 11; expected from 1 to 10"),
-        (Sampling(9, beams=0), "beams is 0; expected from 1 to 10"),
+        (Sampling(9, beams=11), "beams is 11; it must lie between 1 and 10"),
+        (Sampling(9, beams=0), "beams is 0; it must lie between 1 and 10"),
         (Sampling(9, beams=2, temperature=0.7), "temperature is 0.7; expected 0 with beam search"),
     ],
 )
