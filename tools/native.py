@@ -158,11 +158,9 @@ def find_compiler(environment: Mapping[str, str]) -> Compiler:
             "llama.cpp is compiled on installation: install one (Debian, Ubuntu: apt install g++; Fedora: dnf "
             "install gcc-c++; macOS: xcode-select --install) or name one in CXX."
         )
-    family = "clang" if "__clang__" in macros else "gcc"
-    prefix = "__clang_{}__" if family == "clang" else "__GNUC_{}__"
-    names = (prefix.format("major"), prefix.format("minor"), prefix.format("patchlevel"))
-    if family == "gcc":
-        names = ("__GNUC__", "__GNUC_MINOR__", "__GNUC_PATCHLEVEL__")
+    family, names = "gcc", ("__GNUC__", "__GNUC_MINOR__", "__GNUC_PATCHLEVEL__")
+    if "__clang__" in macros:
+        family, names = "clang", ("__clang_major__", "__clang_minor__", "__clang_patchlevel__")
     version = tuple(int(macros.get(name, "0")) for name in names)
     native = defined_macros(command, "-march=native") or defined_macros(command, "-mcpu=native")
     shape = json.dumps(sorted(native.items())) if native else platform.processor()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -17,20 +16,14 @@ from xraygpt_lite.values import (
     Corners,
     EmbeddingSegment,
     Float32,
-    Int32,
     Manifest,
     PromptSpec,
     PromptVariant,
     Segment,
     TaskSpec,
+    Tokenize,
     TokenSegment,
 )
-
-
-class Tokenize(Protocol):
-    """Text → ids, int32 (n,); control tokens are never parsed out of the text."""
-
-    def __call__(self, text: str, *, leading_space: bool) -> Int32: ...
 
 
 @dataclass(frozen=True)

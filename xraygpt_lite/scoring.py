@@ -6,21 +6,14 @@ Knows logits as arrays and a tokenizer; no cache, no engine and no image.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from xraygpt_lite.errors import UsageError
-from xraygpt_lite.values import FindingSpec, Float32, Int32, Manifest
+from xraygpt_lite.values import FindingSpec, Float32, Manifest, Tokenize
 
 Float64 = npt.NDArray[np.float64]
-
-
-class Tokenize(Protocol):
-    """Text → ids, int32 (n,)."""
-
-    def __call__(self, text: str, *, leading_space: bool) -> Int32: ...
 
 
 def listed(manifest: Manifest) -> tuple[FindingSpec, ...]:

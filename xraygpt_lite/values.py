@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -539,3 +539,9 @@ class Check:
     name: str
     status: Literal["ok", "failed", "skipped"]
     detail: str
+
+
+class Tokenize(Protocol):
+    """Text → ids, int32 (n,); control tokens are never parsed out of the text."""
+
+    def __call__(self, text: str, *, leading_space: bool) -> Int32: ...

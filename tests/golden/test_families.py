@@ -30,6 +30,7 @@ from xraygpt_lite.values import (
     Placement,
     PromptSpec,
     Segment,
+    Tokenize,
     TokenSegment,
 )
 from xraygpt_lite.vision import Encoder
@@ -216,7 +217,7 @@ def _settings(family: str) -> dict[str, str]:
 
 
 def _segments(
-    spec: PromptSpec, asked: Asked, answer: str, rows: npt.NDArray[np.float32], tokenize: prompt.Tokenize
+    spec: PromptSpec, asked: Asked, answer: str, rows: npt.NDArray[np.float32], tokenize: Tokenize
 ) -> list[Segment]:
     """The prompt as a chat puts it together; the answer's ids are those of its text, as a continuation."""
     variant = spec.variants[asked.variant]

@@ -53,7 +53,7 @@ def test_every_way_of_asking_sends_and_records_the_same(model: XrayModel, monkey
         def noting(segments: Sequence[Segment], *args: Any, **more: Any) -> Any:
             last = segments[-1]
             assert isinstance(last, TokenSegment)
-            sent.append(b"".join(map(model._engine.piece, last.ids.tolist())).decode())
+            sent.append(b"".join(map(model._engine._core.model.piece, last.ids.tolist())).decode())
             return generate(segments, *args, **more)
 
         monkeypatch.setattr(chat._slot, "generate", noting)

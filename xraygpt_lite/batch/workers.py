@@ -14,10 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
 
 import numpy as np
 
@@ -171,33 +170,6 @@ class Pool(Closing):
             raise result
         self._pending -= result is not None
         return result
-
-    def run(self, inputs: Iterable[Input], ahead: int) -> Iterator[Decoded | Failed]:
-        """Yield the result of every input, in order of completion.
-
-        Parameters
-        ----------
-        inputs
-            Pulled in the caller's thread, only as far as needed.
-        ahead
-            Most results that wait or are worked on: what bounds the memory. At least 1; below twice the number of
-            workers some of them wait.
-
-        Raises
-        ------
-        XrayError
-            As `take`.
-        """
-        if ahead < 1:
-            raise UsageError(f"{ahead} files read ahead; expected at least 1.")
-        coming = iter(inputs)
-        while True:
-            for given in islice(coming, ahead - self._pending):
-                self.submit(given)
-            result = self.take()
-            if result is None:
-                return
-            yield result
 
     def close(self) -> None:
         """End the processes at once, whatever they do, and drop what was not taken."""

@@ -162,6 +162,8 @@ def _decode_pixels(ds: Dataset, source: str) -> npt.NDArray[np.integer[Any]]:
         try:
             frame, _ = decoder.as_array(ds, index=0, raw=True, decoding_plugin=last)
             return frame
+        except MemoryError:  # what the next decoder says of the image would hide it
+            raise
         except Exception:  # each decoder raises its own errors; the last one's is reported by the caller
             if last == plugins[-1]:
                 raise
@@ -170,13 +172,15 @@ def _decode_pixels(ds: Dataset, source: str) -> npt.NDArray[np.integer[Any]]:
 
 def _check_codestream(ds: Dataset, source: str) -> None:
     """Hold the compressed image's own size against the header's: a small header must not hide a huge image."""
-    offsets = [ds.get(name) for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    offsets, lengths = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
+    # As pydicom has it: tables of unequal length are ignored when the image is decoded.
+    unusable = None in (offsets, lengths) or len(offsets) != len(lengths)
     # The very bytes that are decoded: other items may hold what looks like an image of another size.
     data = get_frame(
         ds.PixelData,
         0,
         number_of_frames=int(ds.get("NumberOfFrames") or 1),
-        extended_offsets=None if None in offsets else (offsets[0], offsets[1]),
+        extended_offsets=None if unusable else (offsets, lengths),
     )
     start = _codestream(data)
     if data.startswith(b"\xff\x4f\xff\x51", start):  # JPEG 2000: SIZ has Xsiz, Ysiz, XOsiz, YOsiz
@@ -211,6 +215,8 @@ def _jpeg_size(data: bytes, at: int) -> tuple[int, int]:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+        if marker < 0xC0 or 0xD0 <= marker <= 0xD9:  # has no length, and no place here: a decoder would go on elsewhere
+            break
         at += 1 if marker == 0xFF else 2 + length
     return 0, 0
 
@@ -312,7 +318,7 @@ def _look_up(values: npt.NDArray[Any], item: Dataset, ds: Dataset) -> tuple[npt.
     # Without a type of its own (implicit VR), a number is read by the pixels' sign, which need not be the values'.
     if first >= 2**15 and values.min() < 0:
         first -= 2**16
-    elif first < 0 and values.max() >= 2**15:
+    elif first < 0 <= values.min() and values.max() >= 2**15:
         first += 2**16
     data = item.LUTData
     if isinstance(data, bytes):

@@ -99,11 +99,6 @@ class Engine(Closing):
         with self._core.lock:
             return self._core.model.tokenize(text, leading_space=leading_space)
 
-    def piece(self, token: int) -> bytes:
-        """Return the bytes that a token stands for."""
-        with self._core.lock:
-            return self._core.model.piece(token)
-
     def open(self) -> Slot:
         """Take a sequence; waits for one where all are in use.
 

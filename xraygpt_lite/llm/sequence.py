@@ -104,20 +104,14 @@ def joined(segments: Sequence[Segment], embed: Callable[[Int32], Float32]) -> li
     return [*segments[:first], EmbeddingSegment(np.concatenate(rows))]
 
 
-def chunks(segments: Sequence[Segment], size: int, *, last_only: bool = True) -> Iterator[Chunk]:
-    """Cut segments into chunks of at most `size` rows; neighbouring token segments share chunks.
-
-    Parameters
-    ----------
-    last_only
-        True: logits of the very last row only. False: of every row.
-    """
+def chunks(segments: Sequence[Segment], size: int) -> Iterator[Chunk]:
+    """Cut segments into chunks of at most `size` rows, the very last row with logits; neighbouring tokens share one."""
     merged = list(_merged(segments))
     for index, content in enumerate(merged):
         for start in range(0, len(content), size):
             part = content[start : start + size]
             last = index == len(merged) - 1 and start + size >= len(content)
-            yield Chunk(part, len(part) if not last_only else int(last))
+            yield Chunk(part, int(last))
 
 
 def _merged(segments: Sequence[Segment]) -> Iterator[Int32 | Float32]:

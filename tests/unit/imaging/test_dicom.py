@@ -20,6 +20,7 @@ from PIL import Image
 from pydicom import uid as uids
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
+from pydicom.pixels.decoders.base import Decoder
 from pydicom.sequence import Sequence
 
 from xraygpt_lite.errors import ImageError
@@ -157,6 +158,56 @@ def test_the_size_is_that_of_the_image_that_is_decoded(
         read(to_bytes(ds))
 
 
+def test_offset_tables_that_pydicom_ignores_say_nothing_about_the_size(
+    picture: Stored, make_dicom: MakeDicom, to_bytes: ToBytes
+) -> None:
+    frames = []
+    for stored in (np.tile(picture, (2, 2)), picture):
+        ds = make_dicom(stored, BitsStored=12, NumberOfFrames=2, **FULL)
+        ds.compress(uids.JPEG2000Lossless, np.stack([stored, stored]), generate_instance_uid=False)
+        frames.append(get_frame(ds.PixelData, 0, number_of_frames=2))
+    ds.PixelData = encapsulate(frames, has_bot=False)
+    second = 8 + len(frames[0]) + len(frames[0]) % 2
+    ds.ExtendedOffsetTable = second.to_bytes(8, "little") + bytes(8)
+    ds.ExtendedOffsetTableLengths = len(frames[1]).to_bytes(8, "little")  # one length for two offsets
+    with pytest.raises(ImageError, match="80 x 96 pixels, the DICOM header says 40 x 48"):
+        read(to_bytes(ds))
+
+
+@pytest.mark.parametrize("marker", [0x00, 0x01, 0xBF, 0xD0, 0xD9])
+def test_a_jpeg_marker_without_a_length_hides_no_size(
+    marker: int, make_dicom: MakeDicom, to_bytes: ToBytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken for one with a length, it leads into a comment, past the frame header that is decoded."""
+    buffer = io.BytesIO()
+    Image.new("L", (80, 96)).save(buffer, "JPEG")
+    comment = bytearray(0xFFFD - 2)
+    small = b"\xff\xc0\0\x0b\x08" + (48).to_bytes(2, "big") + (40).to_bytes(2, "big") + b"\1\1\x11\0"
+    at = 4 + 0xFFE1 - 8  # the next marker's bytes, FF E1, as a length
+    comment[at : at + len(small)] = small
+    opening = b"\xff\xd8\xff" + bytes([marker]) + b"\xff\xe1\xff\xfd"
+    ds = make_dicom(np.zeros((48, 40), np.uint8))
+    ds.file_meta.TransferSyntaxUID = uids.JPEGBaseline8Bit
+    ds.PixelData = encapsulate([opening + bytes(comment) + buffer.getvalue()[2:]])
+    monkeypatch.setattr(dicom, "_DECODERS", ())  # gdcm may end the process on such a file
+    with pytest.raises(ImageError, match="0 x 0 pixels, the DICOM header says 40 x 48"):
+        read(to_bytes(ds))
+
+
+def test_another_decoder_s_error_does_not_hide_that_memory_ran_out(
+    picture: Stored, make_dicom: MakeDicom, to_bytes: ToBytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ds = make_dicom(picture, BitsStored=12, **FULL)
+    ds.compress(uids.JPEG2000Lossless, generate_instance_uid=False)
+
+    def fail(*_: object, decoding_plugin: str, **__: object) -> None:
+        raise MemoryError if decoding_plugin == "pylibjpeg" else RuntimeError
+
+    monkeypatch.setattr(Decoder, "as_array", fail)
+    with pytest.raises(ImageError, match="memory ran out while the image was decoded"):
+        read(to_bytes(ds))
+
+
 def test_without_memory_no_image_is_called_damaged(
     make_dicom: MakeDicom, to_bytes: ToBytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +322,11 @@ def test_a_lut_whose_first_value_has_another_sign_than_the_pixels(
     ds.VOILUTSequence = lut(40000, 10, *range(1001))
     ds.file_meta.TransferSyntaxUID = syntax
     assert read(to_bytes(ds)).pixels[0, :3] == pytest.approx([0, 500 / 1023, 1000 / 1023])
+    # A negative first value that is meant, below values of both signs that go beyond 2**15.
+    ds = make_dicom(with_values(-500, 0, 20000, dtype=np.int16), RescaleSlope="2", RescaleIntercept="0")
+    ds.VOILUTSequence = lut(2**16 - 1000, 16, *range(20000))
+    ds.file_meta.TransferSyntaxUID = syntax
+    assert read(to_bytes(ds)).pixels[0, :3] == pytest.approx([0, 1000 / 65535, 19999 / 65535])
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def in_threads(jobs: Sequence[Any]) -> None:
 
 def test_facts(engine: Engine, tiny_llama: Any) -> None:
     assert (engine.width, engine.context, engine.bos, engine.eos) == (256, 256, 1, 2)
-    assert engine.piece(engine.tokenize("heart", leading_space=False)[0])
+    assert engine._core.model.piece(engine.tokenize("heart", leading_space=False)[0])
 
 
 def test_greedy_equals_the_reference_token_by_token(
@@ -69,7 +69,7 @@ def test_greedy_equals_the_reference_token_by_token(
     ids, logits = reference(engine, prompt, greedy.max_tokens)
     assert list(result.ids) == ids
     assert len(set(ids)) > 5
-    assert text == b"".join(engine.piece(i) for i in ids).decode("utf-8", "replace")
+    assert text == b"".join(engine._core.model.piece(i) for i in ids).decode("utf-8", "replace")
     assert (result.finish, result.prompt_rows, result.cached_rows) == ("length", 70, 70 + 24)
     assert result.prefill_s > 0
     assert result.generate_s > 0
@@ -204,7 +204,7 @@ def test_a_turn_is_appended_and_equals_one_long_prompt(engine: Engine, prompt: T
 
 def test_a_stop_string_cuts_text_and_cache(engine: Engine, prompt: TokenSegment, greedy: Sampling, reader: Any) -> None:
     _, free = run(engine, [prompt], greedy, reader())
-    pieces = [engine.piece(i) for i in free.ids]
+    pieces = [engine._core.model.piece(i) for i in free.ids]
     # A stop that begins inside token k (at least two bytes, of plain text) and ends in the next.
     k = next(k for k in range(4, 23) if len(pieces[k]) > 1 and (pieces[k] + pieces[k + 1]).isascii() and pieces[k + 1])
     stop = (pieces[k][1:] + pieces[k + 1][:1]).decode()
@@ -235,7 +235,7 @@ def test_a_stop_id_ends_and_min_tokens_delays_it(
     first = free.ids.index(stop)
     text, result = run(engine, [prompt], greedy, reader(), stop_ids=(stop,))
     assert (result.ids, result.finish, result.cached_rows) == (free.ids[: first + 1], "stop", 70 + first)
-    assert text == b"".join(engine.piece(i) for i in free.ids[:first]).decode("utf-8", "replace")
+    assert text == b"".join(engine._core.model.piece(i) for i in free.ids[:first]).decode("utf-8", "replace")
     delayed = run(engine, [prompt], replace(greedy, min_tokens=20), reader(), stop_ids=(stop,))[1]
     assert stop not in delayed.ids[:20]
 
@@ -246,7 +246,9 @@ def test_text_comes_piece_by_piece_and_whole_characters_only(engine: Engine, pro
         pieces = list(stream)
         assert list(stream) == []
     assert len(pieces) > 20
-    assert "".join(pieces) == b"".join(engine.piece(i) for i in stream.result.ids).decode("utf-8", "replace")
+    assert "".join(pieces) == b"".join(engine._core.model.piece(i) for i in stream.result.ids).decode(
+        "utf-8", "replace"
+    )
 
 
 def test_overflow_gives_the_numbers_before_anything_is_decoded(

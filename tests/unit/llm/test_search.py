@@ -54,7 +54,7 @@ def expected(
             slot.truncate(0)
             return slot.trace([*segments, segment(*ids)], [0])[0]
 
-        return beam_reference.search(logits, engine.piece, sampling, stop_ids=stop_ids, stop=stop)
+        return beam_reference.search(logits, engine._core.model.piece, sampling, stop_ids=stop_ids, stop=stop)
 
 
 @pytest.mark.parametrize("beams", range(2, 11))
@@ -65,7 +65,10 @@ def test_it_equals_the_reference_token_by_token(engine: Engine, prompt: TokenSeg
     given = Sampling(max_tokens=int(rng.integers(4, 10)), beams=beams)
     with engine.open() as slot:
         ids = answer(slot, begun, replace(given, beams=1))[1].ids
-    stop = next((piece.decode() for piece in map(engine.piece, ids[2:]) if len(piece) > 1 and piece.isascii()), "the")
+    stop = next(
+        (piece.decode() for piece in map(engine._core.model.piece, ids[2:]) if len(piece) > 1 and piece.isascii()),
+        "the",
+    )
     cases: list[tuple[Sampling, tuple[int, ...], str]] = [
         (given, (), ""),
         (given, (ids[1],), ""),
@@ -83,7 +86,7 @@ def test_it_equals_the_reference_token_by_token(engine: Engine, prompt: TokenSeg
         with engine.open() as slot:
             shown, result = answer(slot, begun, options, stop_ids, text)
         assert (result.ids, result.finish) == (found.ids, found.finish)
-        whole = b"".join(engine.piece(each) for each in found.ids if each not in stop_ids)
+        whole = b"".join(engine._core.model.piece(each) for each in found.ids if each not in stop_ids)
         assert shown == (whole.split(text.encode())[0] if text else whole).decode("utf-8", "replace")
     assert compared
 
@@ -112,7 +115,9 @@ def test_a_next_turn_goes_on_from_the_winner(engine: Engine, short: TokenSegment
     if ending == "stop id":
         stop_ids = (free[4],)
     if ending == "stop string":
-        stop = next(piece.decode() for piece in map(engine.piece, free[2:]) if len(piece) > 1 and piece.isascii())[1:]
+        stop = next(
+            piece.decode() for piece in map(engine._core.model.piece, free[2:]) if len(piece) > 1 and piece.isascii()
+        )[1:]
     with engine.open() as slot:
         _, result = answer(slot, [short], given, stop_ids, stop)
         kept = slot.rows - len(short)
@@ -149,7 +154,7 @@ def test_quantized_beams_are_what_single_rows_are(default_model: XrayModel, shar
         segments = prompts.build(variant, spec.default_question, rows, engine.tokenize)
         given = Sampling(max_tokens=12, beams=beams)
         with engine.open() as slot, engine.open() as other:
-            found = one_by_one(slot, engine.piece, segments, given, spec)
+            found = one_by_one(slot, engine._core.model.piece, segments, given, spec)
             result = answer(other, segments, given, spec.stop_ids, spec.stops[0])[1]
             assert result.ids == found.ids
             slot.truncate(result.prompt_rows)
