@@ -1,4 +1,4 @@
-"""The command line: parses, calls, prints; the only room that prints, exits and reads the environment.
+"""The command line: parses, calls, prints; the only room that prints and exits.
 
 `main` is a click group that imports a command's file when that command runs, so `--help` loads nothing else. Every
 failure ends here: one sentence on stderr and the exit code of the error's class.
