@@ -132,11 +132,12 @@ class Run(Closing):
                 journal = Journal(output, header, restart=restart, retry_failed=retry_failed)
                 self.journal = stack.enter_context(journal)
             self._keys = self.journal.keys if self.journal else Keys(None)
-            pool = stack.enter_context(Pool(manifest.image, worker_count(devices.cores()), file_timeout))
             rows = sizing.rows(found, self._asked, ask.variant, sampling.max_tokens, findings=ask.findings)
             plan = partial(models.plan, found, device=device, threads=threads, context=models.fitting(found, rows))
             shared = plan()
             many, llm_threads, because = sizing.sequences(found, shared, parallel, doing)
+            # Not before that: what its processes need for their start would be taken for other programs' work.
+            pool = stack.enter_context(Pool(manifest.image, worker_count(devices.cores()), file_timeout))
             if count is not None and count < many:
                 many, because = max(1, count), (*because, f"{max(1, count)} sequences: no more inputs than that")
             self.because = because

@@ -20,6 +20,7 @@ from PIL import Image
 
 import xraygpt_lite
 from xraygpt_lite import batch
+from xraygpt_lite.batch import runner
 from xraygpt_lite.batch.inputs import find
 from xraygpt_lite.batch.journal import Entry, Journal, read
 from xraygpt_lite.batch.pipeline import Ask
@@ -195,6 +196,18 @@ def test_a_name_that_is_a_word_garbles_no_message(
         (failure,) = made
     assert isinstance(failure, Failure)
     assert failure.message.startswith(f"{failure.source}: not an image")
+
+
+def test_no_process_of_ours_starts_while_it_is_measured(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **more: (order.append(name), function(*args, **more))[1]
+
+    monkeypatch.setattr(runner, "Pool", noted("pool", runner.Pool))
+    monkeypatch.setattr(runner.sizing, "sequences", noted("sizing", runner.sizing.sequences))
+    go()
+    assert order == ["sizing", "pool"]
 
 
 def test_too_many_failures_end_the_run(go: Go, tmp_path: Path, folder: Path) -> None:
