@@ -284,8 +284,13 @@ def _shards(path: Path) -> tuple[list[Path], tuple[Path, ...]]:
     shards = []
     for name in sorted(set(_weight_map(found).values())):
         shard = path / name
-        if PurePosixPath(name).name != name or "\\" in name:  # a link may: caches of model hubs hold nothing else
+        if PurePosixPath(name).name != name or "\\" in name:
             raise ConversionError(f"{found} names the shard {name!r}, which leads out of its folder")
+        if shard.is_symlink():
+            raise ConversionError(
+                f"{found} names the shard {name!r}, which is a link; shards must be plain files. Of a model hub's cache "
+                "make a copy (cp -rL)"
+            )
         if not shard.is_file():
             raise ConversionError(f"{found} names the shard {name!r}, which is missing; download all shards")
         shards.append(shard)
