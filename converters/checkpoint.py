@@ -288,8 +288,8 @@ def _shards(path: Path) -> tuple[list[Path], tuple[Path, ...]]:
             raise ConversionError(f"{found} names the shard {name!r}, which leads out of its folder")
         if shard.is_symlink():
             raise ConversionError(
-                f"{found} names the shard {name!r}, which is a link; shards must be plain files. Of a model hub's cache "
-                "make a copy (cp -rL)"
+                f"{found} names the shard {name!r}, which is a link; shards must be plain files. Copy a model hub's "
+                "cache first (cp -rL)"
             )
         if not shard.is_file():
             raise ConversionError(f"{found} names the shard {name!r}, which is missing; download all shards")
