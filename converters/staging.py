@@ -74,7 +74,7 @@ class Staging:
             self._done = self._noted()
             if not self._done:
                 shutil.rmtree(self.folder, ignore_errors=True)
-                self.folder.mkdir()
+                self.folder.mkdir(exist_ok=True)  # another process may be before the lock
             for folder in (self.bundle, self.reference):
                 folder.mkdir(exist_ok=True)
             self._drop_unfinished()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from xraygpt_lite.errors import UsageError
 from xraygpt_lite.values import GenerationOptions, Manifest, Sampling
@@ -24,7 +27,7 @@ def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
     given = options or GenerationOptions()
     chosen = manifest.defaults
     if given.preset is not None:
-        if given.preset not in manifest.presets:
+        if not isinstance(given.preset, str) or given.preset not in manifest.presets:
             known = ", ".join(sorted(manifest.presets)) or "none"
             raise UsageError(f"preset {given.preset!r} is unknown to bundle {manifest.name!r}; it has: {known}")
         chosen = replace(_over(chosen, manifest.presets[given.preset]), preset=given.preset)
@@ -40,9 +43,12 @@ def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
                 "out one of them"
             )
         chosen = replace(chosen, temperature=0.0)
-    if isinstance(given.stops, str) or not all(isinstance(stop, str) for stop in given.stops or ()):
-        raise UsageError(f"stops is {given.stops!r}; it must be a sequence of texts")
-    return replace(chosen, stops=tuple(dict.fromkeys((*manifest.prompt.stops, *(given.stops or ())))))
+    stops = () if given.stops is None else given.stops
+    if isinstance(stops, str) or not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
+        raise UsageError(f"stops is {stops!r}; it must be a sequence of texts")
+    if any("\ud800" <= letter <= "\udfff" for stop in stops for letter in stop):
+        raise UsageError(f"stops is {stops!r}; it holds half a character (a lone surrogate)")
+    return replace(chosen, stops=tuple(dict.fromkeys((*manifest.prompt.stops, *stops))))
 
 
 def undrawn(chosen: Sampling, manifest: Manifest) -> tuple[str, ...]:
@@ -61,4 +67,5 @@ def undrawn(chosen: Sampling, manifest: Manifest) -> tuple[str, ...]:
 
 def _over(below: Sampling, above: GenerationOptions) -> Sampling:
     values = {name: value for name, value in vars(above).items() if value is not None and name not in _OTHERWISE}
-    return replace(below, **values)
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    return replace(below, **plain)

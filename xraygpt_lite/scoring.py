@@ -37,8 +37,8 @@ def choice_ids(choices: Sequence[str], tokenize: Tokenize) -> list[list[int]]:
     UsageError
         Fewer than two choices, or one that is empty or given twice.
     """
-    if isinstance(choices, str):
-        raise UsageError("score was given one text; it needs a sequence of two or more choices")
+    if isinstance(choices, str) or not isinstance(choices, Sequence) or not all(isinstance(c, str) for c in choices):
+        raise UsageError("score was not given choices; it needs a sequence of two or more texts")
     if len(choices) < 2 or len(set(choices)) != len(choices):
         raise UsageError(f"score was given {len(choices)} choices; it needs two or more, all different")
     ids = [tokenize(choice, leading_space=False).tolist() for choice in choices]

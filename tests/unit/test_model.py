@@ -124,7 +124,13 @@ def test_findings_are_the_scores_of_the_bundles_own_questions(model: XrayModel) 
 
 @pytest.mark.parametrize(
     ("choices", "message"),
-    [(["yes"], "1 choices"), ("Yes", "given one text"), (["a", "a"], "all different"), (["a", ""], "empty choice")],
+    [
+        (["yes"], "1 choices"),
+        ("Yes", "not given choices"),
+        ([1, 2], "not given choices"),
+        (["a", "a"], "all different"),
+        (["a", ""], "empty choice"),
+    ],
 )
 def test_score_refuses_choices_that_make_no_sense(model: XrayModel, choices: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny_bundle
 
@@ -33,6 +34,13 @@ def test_an_explicit_zero_is_not_a_missing_value(manifest: Manifest) -> None:
     assert resolve(GenerationOptions(preset="authors", temperature=0.0), manifest).temperature == 0.0
 
 
+def test_numpys_numbers_are_numbers(manifest: Manifest) -> None:
+    given = GenerationOptions(max_tokens=np.int64(3), temperature=np.float32(0.5))  # type: ignore[arg-type]
+    chosen = resolve(given, manifest)
+    assert (chosen.max_tokens, chosen.temperature) == (3, 0.5)
+    assert (type(chosen.max_tokens), type(chosen.temperature)) == (int, float)
+
+
 def test_further_stops_join_the_bundles(manifest: Manifest) -> None:
     assert resolve(GenerationOptions(stops=("END", "###")), manifest).stops == ("###", "END")
 
@@ -56,6 +64,9 @@ def test_an_unknown_preset_is_refused_with_the_known_ones(manifest: Manifest) ->
         (GenerationOptions(top_k=True), "top_k is True; it must be a whole number"),
         (GenerationOptions(temperature="1"), "temperature is '1'; it must be a number"),  # type: ignore[arg-type]
         (GenerationOptions(stops="ab"), "stops is 'ab'; it must be a sequence of texts"),  # type: ignore[arg-type]
+        (GenerationOptions(stops=5), "stops is 5; it must be a sequence of texts"),  # type: ignore[arg-type]
+        (GenerationOptions(stops=("\ud800",)), "half a character"),
+        (GenerationOptions(preset=["a"]), "preset \\['a'\\] is unknown"),  # type: ignore[arg-type]
         (GenerationOptions(stops=(1,)), "it must be a sequence of texts"),  # type: ignore[arg-type]
         (GenerationOptions(min_tokens=9, max_tokens=8), "min_tokens is 9, more than max_tokens, 8"),
     ],

@@ -235,7 +235,7 @@ def _flat(value: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(item, f"{at}{name}.")
             continue
         text = json.dumps(records.plain(item), sort_keys=True)
-        if at + name == "questions":
+        if at + name == "questions" and isinstance(item, list):
             text = f"{len(item)} (sha256 {hashlib.sha256(text.encode('ascii')).hexdigest()[:8]})"
         yield at + name, text
 

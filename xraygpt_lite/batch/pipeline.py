@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from xraygpt_lite.batch.inputs import Input
 from xraygpt_lite.batch.workers import Decoded, Failed, Pool
 from xraygpt_lite.chat import ChatSession, Study
@@ -250,18 +252,18 @@ class Pipeline(Closing):
             self._encode_each(batch)
 
     def _encode_each(self, batch: Sequence[Decoded]) -> None:
-        """Of a batch that could not be encoded, fail what cannot be alone; of several all: the encoder is to blame."""
-        failures: list[tuple[Decoded, XrayError]] = []
+        """Of a batch that could not be encoded, fail what cannot be alone; raise where a blank image cannot either."""
         for one in batch:
             try:
                 self._encode_these([one])
-            except XrayError as error:
-                failures.append((one, error))
-        if len(failures) == len(batch) > 1:
-            raise failures[0][1]
-        for one, why in failures:
-            failed = Failed(one.input, one.radiograph.sha256, "vision", type(why).__name__, str(why))
-            self._end(self._jobs[id(one.input)], self._failures(failed))
+            except XrayError as why:
+                self._encode_blank(one)
+                failed = Failed(one.input, one.radiograph.sha256, "vision", type(why).__name__, str(why))
+                self._end(self._jobs[id(one.input)], self._failures(failed))
+
+    def _encode_blank(self, like: Decoded) -> None:
+        pixels = Pixels(normalize([np.zeros_like(like.square)], self._model.bundle.manifest.image), (like.placement,))
+        self._model.encode([replace(like.radiograph, source="blank")], pixels, [0.0])
 
     def _encode_these(self, batch: Sequence[Decoded]) -> None:
         squares = normalize([one.square for one in batch], self._model.bundle.manifest.image)

@@ -116,6 +116,10 @@ class Run(Closing):
         ask = ask or Ask()
         self._identifiers = identifiers
         self._asked, sampling = _check(ask, manifest)
+        # What cannot be answered, or where, is told before an output is touched.
+        rows = sizing.rows(found, self._asked, ask.variant, sampling.max_tokens, findings=ask.findings)
+        plan = partial(models.plan, found, device=device, threads=threads, context=models.fitting(found, rows))
+        shared = plan()
         with contextlib.ExitStack() as stack:
             self.journal: Journal | None = None
             if output is not None:
@@ -132,9 +136,6 @@ class Run(Closing):
                 journal = Journal(output, header, restart=restart, retry_failed=retry_failed)
                 self.journal = stack.enter_context(journal)
             self._keys = self.journal.keys if self.journal else Keys(None)
-            rows = sizing.rows(found, self._asked, ask.variant, sampling.max_tokens, findings=ask.findings)
-            plan = partial(models.plan, found, device=device, threads=threads, context=models.fitting(found, rows))
-            shared = plan()
             many, llm_threads, because = sizing.sequences(found, shared, parallel, doing)
             # Not before that: what its processes need for their start would be taken for other programs' work.
             pool = stack.enter_context(Pool(manifest.image, worker_count(devices.cores()), file_timeout))

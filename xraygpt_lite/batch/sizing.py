@@ -71,7 +71,7 @@ def sequences(
         seconds = {threads: dict(zip(CANDIDATES, known[str(threads)], strict=True)) for threads in several}
         encoder = float(known["encoder"])
     except (TypeError, KeyError, ValueError):  # never measured, or by another version
-        doing("measuring how many radiographs at once are fastest with this bundle on this machine, which is done once")
+        doing("measuring how many radiographs at once are fastest with this bundle on this machine")
         others = Others()
         seconds = {
             threads: rates.step_seconds(bundle.llm, replace(plan, threads=threads), CANDIDATES) for threads in several

@@ -290,9 +290,9 @@ class _Watcher:
             young = _Young(state, -math.inf if old else now, told or bool(young and young.told))
             self._young[path] = young
         young.told |= told
-        if again and young.told and now < young.since + max(self._settle, _OPEN_S) and _being_written(path):
-            return
         if young.since + self._settle <= now:
+            if young.told and now < young.since + _OPEN_S and _being_written(path):
+                return
             del self._young[path]
             self._seen.add(mark)
             self._ready.put((path, state, mark))

@@ -171,29 +171,42 @@ def _decode_pixels(ds: Dataset, source: str) -> npt.NDArray[np.integer[Any]]:
 
 
 def _check_codestream(ds: Dataset, source: str) -> None:
-    """Hold the compressed image's own size against the header's: a small header must not hide a huge image."""
+    """Hold what the compressed image says of itself against the header.
+
+    A small header must not hide a huge image, and more channels or bits than it tells of come out scrambled, or end
+    the process within a decoder.
+    """
     offsets, lengths = ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths")
-    # As pydicom has it: tables of unequal length are ignored when the image is decoded.
-    unusable = None in (offsets, lengths) or len(offsets) != len(lengths)
+    if not offsets or not lengths or len(offsets) != len(lengths):  # unusable: the frame is found without them
+        ds.pop("ExtendedOffsetTable", None)
+        ds.pop("ExtendedOffsetTableLengths", None)
+        offsets = None
     # The very bytes that are decoded: other items may hold what looks like an image of another size.
     data = get_frame(
         ds.PixelData,
         0,
         number_of_frames=int(ds.get("NumberOfFrames") or 1),
-        extended_offsets=None if unusable else (offsets, lengths),
+        extended_offsets=None if offsets is None else (offsets, lengths),
     )
     start = _codestream(data)
     if data.startswith(b"\xff\x4f\xff\x51", start):  # JPEG 2000: SIZ has Xsiz, Ysiz, XOsiz, YOsiz
         x, y, left, top = (int.from_bytes(data[i : i + 4], "big") for i in range(start + 8, start + 24, 4))
         width, height = x - left, y - top
+        channels = int.from_bytes(data[start + 40 : start + 42], "big")
+        bits = 1 + (int.from_bytes(data[start + 42 : start + 43], "big") & 0x7F)
     elif data.startswith(b"\xff\xd8\xff", start):
-        width, height = _jpeg_size(data, start + 2)
+        width, height, channels, bits = _jpeg_frame(data, start + 2)
     else:
         raise ValueError("no compressed image")
     if (width, height) != (ds.Columns, ds.Rows):
         raise ImageError(
             f"{source}: the compressed image has {width} x {height} pixels, the DICOM header says "
             f"{int(ds.Columns)} x {int(ds.Rows)}. Export or copy it again."
+        )
+    if channels != 1 or bits > ds.BitsAllocated:
+        raise ImageError(
+            f"{source}: the compressed image has {channels} channels of {bits} bits, the DICOM header says one of at "
+            f"most {int(ds.BitsAllocated)}. Export or copy it again."
         )
 
 
@@ -205,20 +218,24 @@ def _codestream(data: bytes) -> int:
         long = length == 1
         if kind == b"jp2c":
             return at + (16 if long else 8)
-        at += max(8, int.from_bytes(data[at + 8 : at + 16], "big") if long else length)
+        step = int.from_bytes(data[at + 8 : at + 16], "big") if long else length
+        if step < 8:  # the last box, or none
+            break
+        at += step
     return at
 
 
-def _jpeg_size(data: bytes, at: int) -> tuple[int, int]:
-    """Width and height in a JPEG, JPEG lossless or JPEG-LS frame header; (0, 0) where there is none."""
-    while at + 9 <= len(data) and data[at] == 0xFF:
+def _jpeg_frame(data: bytes, at: int) -> tuple[int, int, int, int]:
+    """Width, height, channels and bits in the frame header of a JPEG, JPEG lossless or JPEG-LS; 0 without one."""
+    while at + 10 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return int.from_bytes(data[at + 7 : at + 9], "big"), int.from_bytes(data[at + 5 : at + 7], "big")
+            height, width = (int.from_bytes(data[i : i + 2], "big") for i in (at + 5, at + 7))
+            return width, height, data[at + 9], data[at + 4]
         if marker < 0xC0 or 0xD0 <= marker <= 0xD9:  # has no length, and no place here: a decoder would go on elsewhere
             break
         at += 1 if marker == 0xFF else 2 + length
-    return 0, 0
+    return 0, 0, 0, 0
 
 
 def _display(stored: npt.NDArray[np.integer[Any]], ds: Dataset) -> tuple[Float32, tuple[str, ...]]:
@@ -315,11 +332,10 @@ def _look_up(values: npt.NDArray[Any], item: Dataset, ds: Dataset) -> tuple[npt.
     """
     count, first, bits = (int(v) for v in item.LUTDescriptor)
     count = count % 2**16 or 2**16  # an implicit VR with signed pixels makes a negative number of a large one
-    # Without a type of its own (implicit VR), a number is read by the pixels' sign, which need not be the values'.
-    if first >= 2**15 and values.min() < 0:
-        first -= 2**16
-    elif first < 0 <= values.min() and values.max() >= 2**15:
-        first += 2**16
+    # Its sign is that of the pixels where the type is left open (implicit VR) and with some writers elsewhere, and need
+    # not be that of the values: the one is meant with which the table covers more of them.
+    low, high, other = values.min(), values.max(), first + (2**16 if first < 0 else -(2**16) if first >= 2**15 else 0)
+    first = max(first, other, key=lambda start: min(high, start + count - 1) - max(low, start))
     data = item.LUTData
     if isinstance(data, bytes):
         big = not ds.original_encoding[1]

@@ -346,6 +346,10 @@ class TestRefusals:
             replace(asked, bundle_id="e" * 64, bundle_name="big", shard=(3, 16)),
         )
 
+    def test_a_header_whose_questions_are_no_list(self, path: Path) -> None:
+        wrote(path, 1, header(questions=None))
+        self.refused(path, UsageError, r"questions was null and is now 1 \(sha256", header(questions=["?"]))
+
     def test_options_are_compared_as_they_are_written(self, path: Path) -> None:
         wrote(path, 1, header(stops=("a",), temperature=0.1 + 0.2))
         wrote(path, 0, header(temperature=0.3, stops=["a"]))

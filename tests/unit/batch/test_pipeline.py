@@ -182,13 +182,14 @@ def test_one_that_the_encoder_cannot_take_is_one_failure(
     assert failure.sha256
 
 
+@pytest.mark.parametrize("names", ["?.png", "5.png"])
 def test_an_encoder_that_takes_none_ends_the_run(
-    bundles: dict[str, Bundle], folder: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: dict[str, Bundle], folder: Path, monkeypatch: pytest.MonkeyPatch, names: str
 ) -> None:
     with opened(bundles["q8_0"], 3) as model:
         monkeypatch.setattr(model, "encode", lambda *given: refuse("", None, *given))
         with pytest.raises(NativeError, match="no memory"):
-            answered(model, Ask(options=OPTIONS), find([folder], include=["?.png"]))
+            answered(model, Ask(options=OPTIONS), find([folder], include=[names]))
 
 
 def refuse(name: str, encode: Any, radiographs: Sequence[Radiograph], *given: Any) -> Any:

@@ -19,13 +19,14 @@ import pytest
 from PIL import Image
 
 import xraygpt_lite
-from xraygpt_lite import batch
+from xraygpt_lite import batch, vision
 from xraygpt_lite.batch import runner
 from xraygpt_lite.batch.inputs import find
 from xraygpt_lite.batch.journal import Entry, Journal, read
 from xraygpt_lite.batch.pipeline import Ask
 from xraygpt_lite.batch.runner import Run, run
-from xraygpt_lite.errors import UsageError, XrayError
+from xraygpt_lite.errors import ContextError, DeviceError, UsageError, XrayError
+from xraygpt_lite.llm import native
 from xraygpt_lite.values import Failure, GenerationOptions, Summary
 
 COUNT = 7
@@ -62,6 +63,20 @@ def go(recorded_bundle: Path, folder: Path, tmp_path: Path) -> Iterator[Go]:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("ascii").splitlines()]
+
+
+@pytest.mark.parametrize("impossible", [{"ask": Ask(options=GenerationOptions(max_tokens=2048))}, {"device": "cuda"}])
+def test_what_cannot_be_answered_leaves_an_output_as_it_is(go: Go, tmp_path: Path, impossible: dict[str, Any]) -> None:
+    if "device" in impossible and "CUDAExecutionProvider" in vision.available_providers() and native.supports_gpu():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises((ContextError, DeviceError)):
+        go(**impossible)
+    assert not (tmp_path / "out.jsonl").exists()
+    go()
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(XrayError):
+        go(**impossible, restart=True)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def test_every_input_has_one_record(go: Go, tmp_path: Path, folder: Path) -> None:

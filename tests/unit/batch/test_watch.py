@@ -207,7 +207,7 @@ def test_a_copy_that_was_under_way_at_the_start_is_waited_for(inbox: Path, arriv
 def test_a_writer_that_pauses_is_waited_for_while_it_has_the_file_open(
     inbox: Path, arrive: Callable[..., Arrivals], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arrivals = arrive(inbox, settle=0.1)
+    arrivals = arrive(inbox, settle=0.1, rescan=0.2)  # also while all files are looked at again
     arrivals.fetch(0.1)
     with open(inbox / "slow.dcm", "wb", buffering=0) as file:
         file.write(b"x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,18 @@ def test_the_lock_is_not_taken_from_the_next_one(output: Path, monkeypatch: pyte
     monkeypatch.setattr(FileLock, "release", lambda lock: (there.append(Path(lock.lock_file).exists()), release(lock)))
     made(output)
     assert there[0] is False
+    assert beside(output) == ["bundle", "bundle/a.bin"]
+
+
+def test_another_process_may_make_the_folder_before_it_asks_for_the_lock(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **more: (remove(path, **more), path.mkdir()))
+    with Staging(output, REQUEST) as staging:
+        staging.step("a", ["bundle/*"], lambda: write(staging, "bundle/a.bin"))
+        monkeypatch.undo()
+        staging.finish()
     assert beside(output) == ["bundle", "bundle/a.bin"]
 
 

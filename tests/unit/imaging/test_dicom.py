@@ -174,6 +174,42 @@ def test_offset_tables_that_pydicom_ignores_say_nothing_about_the_size(
         read(to_bytes(ds))
 
 
+@pytest.mark.parametrize(
+    ("syntax", "shape", "bits"),
+    [(uids.JPEG2000Lossless, (3,), 8), (uids.JPEGBaseline8Bit, (3,), 8), (uids.JPEG2000Lossless, (), 16)],
+)
+def test_a_compressed_image_of_more_channels_or_bits_than_the_header_says(
+    syntax: str, shape: tuple[int, ...], bits: int, make_dicom: MakeDicom, to_bytes: ToBytes
+) -> None:
+    """Decoders give scrambled pictures for it, or end the process."""
+    buffer = io.BytesIO()
+    picture = Image.fromarray(np.full((48, 40, *shape), 100, f"u{bits // 8}"))
+    picture.save(buffer, "JPEG2000" if syntax == uids.JPEG2000Lossless else "JPEG")
+    ds = make_dicom(np.zeros((48, 40), np.uint8))
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds.PixelData = encapsulate([buffer.getvalue()])
+    ds["PixelData"].is_undefined_length = True
+    channels = 3 if shape else 1
+    with pytest.raises(ImageError, match=rf"has {channels} channels of {bits} bits, the DICOM header says one of at"):
+        read(to_bytes(ds))
+
+
+@pytest.mark.parametrize("lengths", [None, b""])
+def test_an_extended_offset_table_without_content_is_passed_over(
+    lengths: bytes | None, picture: Stored, make_dicom: MakeDicom, to_bytes: ToBytes
+) -> None:
+    ds = make_dicom(picture, BitsStored=12, **FULL)
+    ds.compress(uids.JPEG2000Lossless, generate_instance_uid=False)
+    ds.ExtendedOffsetTable = b"" if lengths is not None else bytes(8)
+    if lengths is not None:
+        ds.ExtendedOffsetTableLengths = lengths
+    np.testing.assert_array_equal(np.rint(read(to_bytes(ds)).pixels * 4095), picture)
+
+
+def test_a_jp2_box_without_a_length_is_the_last() -> None:
+    assert dicom._codestream(b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(100)) == 12
+
+
 @pytest.mark.parametrize("marker", [0x00, 0x01, 0xBF, 0xD0, 0xD9])
 def test_a_jpeg_marker_without_a_length_hides_no_size(
     marker: int, make_dicom: MakeDicom, to_bytes: ToBytes, monkeypatch: pytest.MonkeyPatch
@@ -327,6 +363,13 @@ def test_a_lut_whose_first_value_has_another_sign_than_the_pixels(
     ds.VOILUTSequence = lut(2**16 - 1000, 16, *range(20000))
     ds.file_meta.TransferSyntaxUID = syntax
     assert read(to_bytes(ds)).pixels[0, :3] == pytest.approx([0, 1000 / 65535, 19999 / 65535])
+    # One that is meant, below values that are all above it and go beyond 2**15.
+    item = Dataset()
+    item.add_new("LUTDescriptor", "SS", [0, -1000, 16])
+    item.add_new("LUTData", "OW", np.arange(2**16, dtype="<u2").tobytes())
+    ds = make_dicom(with_values(1000, 20000, 50000, dtype=np.uint16), RescaleSlope="1", RescaleIntercept="-1000")
+    ds.VOILUTSequence = Sequence([item])
+    assert read(to_bytes(ds)).pixels[0, :3] == pytest.approx([1000 / 65535, 20000 / 65535, 50000 / 65535])
 
 
 @pytest.mark.parametrize(
