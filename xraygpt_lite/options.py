@@ -43,7 +43,7 @@ def resolve(options: GenerationOptions | None, manifest: Manifest) -> Sampling:
                 "out one of them"
             )
         chosen = replace(chosen, temperature=0.0)
-    stops = () if given.stops is None else given.stops
+    stops: object = () if given.stops is None else given.stops
     if isinstance(stops, str) or not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
         raise UsageError(f"stops is {stops!r}; it must be a sequence of texts")
     if any("\ud800" <= letter <= "\udfff" for stop in stops for letter in stop):
