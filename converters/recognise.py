@@ -42,7 +42,7 @@ KINDS = (
     Kind("qformer", "BLIP-2's Q-Former of the released XrayGPT and MiniGPT-4", r"^Qformer\.bert\.encoder\."),
     Kind("minigpt-med", "MiniGPT-Med's checkpoint", r"\.lora_A\.|^ln_vision\."),
     Kind("linear", "the linear layer of XrayGPT or MiniGPT-4", r"^llama_proj\.weight$"),
-    Kind("grid", "nih-tiny's encoder", r"^towers\.0\.stem\.0\.weight$"),
+    Kind("grid", "nih-tiny's encoder", r"^blocks\.0\.depthwise\.0\.weight$"),
     Kind("grid-projector", "nih-tiny's projector", r"^projector\.weight$"),
     Kind("llama", "a Llama language model", r"^model\.embed_tokens\.weight$"),
 )

@@ -108,7 +108,8 @@ def released(folder: Path, width: int, seed: int = 5) -> Path:
         state = _filled(shapes | (norm | changes if name == "med" else {}), generator)
         torch.save({"model": state, "epoch": 1}, folder / f"{name}.pth")
     patches = "vision_model.model.embeddings.patch_embeddings.projection.weight"
-    marks = {"medclip.bin": patches, "llama.pth": "model.embed_tokens.weight", "grid.pth": "towers.0.stem.0.weight"}
+    grid = "blocks.0.depthwise.0.weight"
+    marks = {"medclip.bin": patches, "llama.pth": "model.embed_tokens.weight", "grid.pth": grid}
     for name, mark in marks.items():
         torch.save({mark: torch.ones(2, 2)}, folder / name)
     return folder

@@ -1,94 +1,84 @@
-"""The default model's own network: a radiograph encoder whose features stay on a grid.
+"""The default model's own network: an EfficientNet-Lite over a grey radiograph, whose features stay on a grid.
 
 Knows the torch modules, how their sizes are read off a checkpoint, and nothing of training, prompts or bundles.
+The layers are those of EfficientNet (arXiv 1905.11946) in its Lite variant: ReLU6, no squeeze-and-excitation.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from xraygpt_lite.converters.checkpoint import Checkpoint, fill
 from xraygpt_lite.converters.families import Parts, Projector, Settings
 from xraygpt_lite.converters.recognise import expect
 from xraygpt_lite.errors import ConversionError
 
+STRIDES = (1, 2, 2, 2, 1, 2, 1)
+"""Stride of the first block of each stage, the one thing that tensors do not tell."""
 
-class SqueezeExcite(nn.Module):
-    """Channel gates computed from the mean over the map: (B, C, H, W) → (B, C, H, W)."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.reduce = nn.Conv2d(channels, max(8, channels // 8), 1)
-        self.expand = nn.Conv2d(max(8, channels // 8), channels, 1)
+@dataclass(frozen=True)
+class Stage:
+    """Blocks of one width, and by how much their middle is wider than what enters."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate: Tensor = self.expand(F.relu(self.reduce(x.mean((2, 3), keepdim=True))))
-        return x * gate.sigmoid()
+    width: int
+    blocks: int
+    kernel: int
+    expansion: int
+
+
+LITE0 = (
+    Stage(16, 1, 3, 1), Stage(24, 2, 3, 6), Stage(40, 2, 5, 6), Stage(80, 3, 3, 6), Stage(112, 3, 5, 6),
+    Stage(192, 4, 5, 6), Stage(320, 1, 3, 6),
+)  # fmt: skip
+
+
+def _layer(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
+    """A convolution and its norm; epsilon as in the published weights."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.05)]
 
 
 class Block(nn.Module):
-    """A basic residual block with squeeze-and-excitation; the shortcut pools before it projects."""
+    """An inverted residual: widen, filter each channel by itself, narrow. (B, C, H, W) → (B, C', H / s, W / s)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, expansion: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.gate = SqueezeExcite(outputs)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            pool = nn.AvgPool2d(stride) if stride != 1 else nn.Identity()
-            self.shortcut = nn.Sequential(pool, nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+        middle = inputs * expansion
+        self.expand = nn.Sequential(*([*_layer(inputs, middle, 1), nn.ReLU6()] if expansion > 1 else []))
+        self.depthwise = nn.Sequential(*_layer(middle, middle, kernel, stride, groups=middle), nn.ReLU6())
+        self.project = nn.Sequential(*_layer(middle, outputs, 1))
+        self.residual = stride == 1 and inputs == outputs
+        self.drop = 0.0  # how often training leaves the block's own part out
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = self.gate(self.norm2(self.conv2(y)))
-        return F.relu(y + self.shortcut(x))
-
-
-class Tower(nn.Module):
-    """One residual network over a grey image, a quarter after the stem, halved by each further stage.
-
-    (B, 1, S, S) → (B, C, S / 32, S / 32) with four stages.
-    """
-
-    def __init__(self, widths: tuple[int, ...], blocks: tuple[int, ...]) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(1, widths[0] // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0] // 2), nn.ReLU(),
-            nn.Conv2d(widths[0] // 2, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU(),
-        )  # fmt: skip
-        stages = []
-        inputs = widths[0]
-        for stage, (width, count) in enumerate(zip(widths, blocks, strict=True)):
-            for n in range(count):
-                stages.append(Block(inputs, width, 2 if stage and not n else 1))
-                inputs = width
-        self.stages = nn.Sequential(*stages)
-
-    def forward(self, grey: Tensor) -> Tensor:
-        return self.stages(self.stem(grey))  # type: ignore[no-any-return]
+        y: Tensor = self.project(self.depthwise(self.expand(x)))
+        if not self.residual:
+            return y
+        if self.training and self.drop:
+            y = y * (torch.rand(len(x), 1, 1, 1) >= self.drop) / (1 - self.drop)
+        return x + y
 
 
 class GridEncoder(nn.Module):
     """Radiograph → features on a coarse grid, row by row.
 
-    Several towers look at the same pixels and their channels stand side by side: pixels (B, 3, S, S), of which only
-    the first channel is read (the three are equal), → features (B, N, F).
+    Pixels (B, 3, S, S), of which only the first channel is read (the three are equal), → features (B, N, F).
 
     Parameters
     ----------
-    widths, blocks
-        Channels and residual blocks of each of a tower's stages.
-    towers
-        How many towers; F = towers · widths[-1].
+    stages
+        Sizes of the stages; with all seven, N = (S / 32)².
+    stem
+        Channels of the first layer, which halves the image.
+    features
+        F, the width of the last layer.
     findings
         Outputs of the classifier that trains the encoder; not part of the exported graph.
     auxiliary
@@ -97,21 +87,28 @@ class GridEncoder(nn.Module):
 
     def __init__(
         self,
-        widths: tuple[int, ...] = (32, 64, 128, 256),
-        blocks: tuple[int, ...] = (2, 2, 2, 2),
-        towers: int = 2,
+        stages: tuple[Stage, ...] = LITE0,
+        stem: int = 32,
+        features: int = 1280,
         findings: int = 15,
         auxiliary: int = 3,
     ) -> None:
         super().__init__()
-        self.towers = nn.ModuleList(Tower(widths, blocks) for _ in range(towers))
-        self.heads = nn.ModuleList(nn.Linear(widths[-1], findings + auxiliary) for _ in range(towers))
+        self.stem = nn.Sequential(*_layer(1, stem, 3, stride=2), nn.ReLU6())
+        blocks = []
+        inputs = stem
+        for stage, stride in zip(stages, STRIDES[: len(stages)], strict=True):
+            for n in range(stage.blocks):
+                blocks.append(Block(inputs, stage.width, stage.kernel, stage.expansion, 1 if n else stride))
+                inputs = stage.width
+        self.blocks = nn.Sequential(*blocks)
+        self.last = nn.Sequential(*_layer(inputs, features, 1), nn.ReLU6())
+        self.head = nn.Linear(features, findings + auxiliary)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) float32 → (B, N, F) float32."""
-        grey = pixels[:, :1]
-        maps = [tower(grey) for tower in self.towers]
-        return torch.cat(maps, 1).flatten(2).transpose(1, 2)
+        grid: Tensor = self.last(self.blocks(self.stem(pixels[:, :1])))
+        return grid.flatten(2).transpose(1, 2)
 
 
 def load(inputs: Mapping[str, Path], width: int, settings: Mapping[str, str]) -> Parts:
@@ -128,11 +125,10 @@ def load(inputs: Mapping[str, Path], width: int, settings: Mapping[str, str]) ->
     vision, checkpoint = Checkpoint(inputs["vision"]), Checkpoint(inputs["checkpoint"])
     expect(vision, "--vision", "nih-tiny")
     expect(checkpoint, "--checkpoint", "nih-tiny")
-    widths, blocks, towers = _sizes(vision)
-    encoder = GridEncoder(widths, blocks, towers)
-    names = {name: name for name in encoder.state_dict() if not re.search(r"^heads\.|num_batches_tracked$", name)}
-    ignored = fill(encoder, vision, names, ignored=(r"^heads\.",), own=(r"^heads\.",))
-    features = towers * widths[-1]
+    encoder = _sized(vision)
+    names = {name: name for name in encoder.state_dict() if not re.search(r"^head\.|num_batches_tracked$", name)}
+    ignored = fill(encoder, vision, names, ignored=(r"^head\.",), own=(r"^head\.",))
+    features = encoder.head.in_features
     shape = checkpoint.shapes["projector.weight"]
     if shape != (width, features):
         raise ConversionError(
@@ -145,18 +141,27 @@ def load(inputs: Mapping[str, Path], width: int, settings: Mapping[str, str]) ->
     return Parts(encoder, Projector(linear, width), sources, (*ignored, *unused))
 
 
-def _sizes(source: Checkpoint) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Widths and blocks of the stages, and the number of towers; each later stage begins with a projected shortcut."""
-    towers = len({name.split(".")[1] for name in source.shapes if name.startswith("towers.")})
-    widths: list[int] = []
-    blocks: list[int] = []
+def _sized(source: Checkpoint) -> GridEncoder:
+    """An encoder of the checkpoint's sizes; a block whose width is another than the one before it begins a stage."""
+
+    def shape(name: str) -> tuple[int, ...]:
+        found = source.shapes.get(name)
+        if found is None or len(found) != 4:
+            raise ConversionError(f"{source.path}: '{name}' should be a convolution's weight; it has {found or 'none'}")
+        return found
+
+    stem = inputs = shape("stem.0.weight")[0]
+    stages: list[Stage] = []
     number = 0
-    while (shape := source.shapes.get(f"towers.0.stages.{number}.conv1.weight")) is not None:
-        if not widths or f"towers.0.stages.{number}.shortcut.1.weight" in source:
-            widths.append(shape[0])
-            blocks.append(0)
-        blocks[-1] += 1
+    while not number or f"blocks.{number}.project.0.weight" in source:
+        middle, _, kernel, _ = shape(f"blocks.{number}.depthwise.0.weight")
+        outputs = shape(f"blocks.{number}.project.0.weight")[0]
+        if stages and stages[-1].width == outputs:
+            stages[-1] = Stage(outputs, stages[-1].blocks + 1, kernel, stages[-1].expansion)
+        else:
+            stages.append(Stage(outputs, 1, kernel, max(1, middle // max(1, inputs))))
+        inputs = outputs
         number += 1
-    if not widths:
-        raise ConversionError(f"{source.path} lacks 'towers.0.stages.0.conv1.weight'; it is incomplete")
-    return tuple(widths), tuple(blocks), towers
+    if len(stages) > len(STRIDES):
+        raise ConversionError(f"{source.path} has {len(stages)} stages; an EfficientNet-Lite has {len(STRIDES)}")
+    return GridEncoder(tuple(stages), stem, shape("last.0.weight")[0])

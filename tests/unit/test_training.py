@@ -25,11 +25,11 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     train.LANGUAGE_STEPS = train.COPY_STEPS = train.IMAGE_STEPS = 1
     train.PLAIN_STEPS = (1, 1)
-    train.CYCLES = ((1, 1), (1,))
+    train.EPOCHS = 1
     data, work = Path(sys.argv[2]), Path(sys.argv[3])
-    encoder, few, val = train.towers(data, work, 2)
+    encoder, few, val = train.findings(data, work)
     decoder, projector = train.images(work, encoder, few, val)
-    print("features", encoder.towers.__len__() * 256, "projector", tuple(projector.weight.shape))
+    print("features", encoder.head.in_features, "projector", tuple(projector.weight.shape))
 """
 
 
@@ -56,8 +56,9 @@ def test_every_stage_from_nothing_and_again(tmp_path: Path) -> None:
     command = [sys.executable, str(script), str(TRAIN), str(tmp_path), str(work)]
     first = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
     assert first.returncode == 0, first.stderr
-    assert first.stdout.split() == ["features", "512", "projector", "(192,", "512)"]
-    made = {"tower0.pt", "tower1.pt", "language.pt", "copying.pt", "images.pt", "features.pt", "plain0.pt", "plain1.pt"}
+    assert first.stdout.split() == ["features", "1280", "projector", "(192,", "1280)"]
+    stages = ("encoder", "language", "copying", "images", "features", "plain0", "plain1")
+    made = {f"{stage}.pt" for stage in stages}
     assert made <= {path.name for path in work.iterdir()}
     for lost in ("plain1.pt", "images.pt"):  # as if it had been cut there
         (work / lost).unlink()

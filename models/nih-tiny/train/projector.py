@@ -40,15 +40,10 @@ class Evidence:
         return F.linear(features, self.weight, self.bias)
 
 
-def join_towers(paths: list[Path]) -> GridEncoder:
-    """The encoder of all trained towers, with their averaged weights."""
-    encoder = GridEncoder(towers=len(paths))
-    state: dict[str, Tensor] = {}
-    for n, path in enumerate(paths):
-        for name, value in torch.load(path, weights_only=True)["average"].items():
-            part, rest = name.split(".", 1)
-            state[f"{'towers' if part == 'tower' else 'heads'}.{n}.{rest}"] = value
-    encoder.load_state_dict(state)
+def trained(path: Path) -> GridEncoder:
+    """The encoder of stage (a), with its averaged weights."""
+    encoder = GridEncoder()
+    encoder.load_state_dict(torch.load(path, weights_only=True)["average"])
     return encoder.eval()
 
 
@@ -58,16 +53,13 @@ def features_of(encoder: GridEncoder, images: np.ndarray, mirror: bool = False) 
     out = []
     for start in range(0, len(images), 128):
         x = normalize(images[start : start + 128])
-        x = (x.flip(3) if mirror else x).expand(-1, 3, -1, -1)
-        with torch.autocast("cpu", torch.bfloat16):
-            out.append(encoder(x).half())
+        out.append(encoder((x.flip(3) if mirror else x).contiguous(memory_format=torch.channels_last)).half())
     return torch.cat(out)
 
 
 def calibrate(encoder: GridEncoder, features: Tensor, labels: np.ndarray) -> Evidence:
     """Scale and thresholds from the features (n, 16, F) and labels (n, 15) of val."""
-    weight = torch.cat([head.weight[:LABELS] for head in encoder.heads], 1).detach() / len(encoder.heads)
-    bias = torch.stack([head.bias[:LABELS] for head in encoder.heads]).mean(0).detach()
+    weight, bias = encoder.head.weight[:LABELS].detach(), encoder.head.bias[:LABELS].detach()
     logits = F.linear(features.float().mean(1), weight, bias)
     scale = logits.std(0)
     rates = torch.from_numpy(labels.mean(0)) * CALLS

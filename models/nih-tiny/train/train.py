@@ -2,7 +2,7 @@
 
     python models/nih-tiny/train/train.py --data ../shared/data/nih-chestxray14 --work build/nih-tiny -o BUNDLE
 
-(a) two towers learn the findings, (b) the decoder learns the report language, (c) the projector joins them, then the
+(a) the encoder learns the findings, (b) the decoder learns the report language, (c) the projector joins them, then the
 project's own converter makes the bundle and, in the work folder, a float32 twin to compare it with. Every stage saves
 as it goes: run the command again after an interruption and it continues. The test split is never read.
 """
@@ -11,24 +11,22 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 from data import Split, join, read
 from decoder import learn, made_up, new_decoder, new_image_map
 from dialogue import Tokenizer, train_tokenizer
-from encoder import train_tower
+from encoder import published, train_encoder
 from projector import (
     cached_features,
     calibrate,
     features_of,
-    join_towers,
     new_projector,
     on_images,
     retarget,
+    trained,
     with_findings,
 )
 from safetensors.torch import save_file
@@ -40,7 +38,7 @@ from xraygpt_lite.converters.families.nih_tiny import GridEncoder
 
 log = logging.getLogger("train")
 SEED = 2026
-CYCLES = ((20, 7, 8), (16, 7, 6, 8))  # epochs of each learning-rate cycle of each tower
+EPOCHS = 8
 PIECES = 640
 WIDTH = 192
 LANGUAGE_STEPS, LANGUAGE_RATE = 900, 2e-3
@@ -49,21 +47,12 @@ IMAGE_STEPS, IMAGE_RATE = 350, 8e-4
 PLAIN_STEPS, PLAIN_RATE = (450, 450, 200, 400, 350), 1e-3
 
 
-def one_tower(data: Path, work: Path, index: int, cycles: tuple[int, ...]) -> None:
-    """Train tower `index` on one thread: two processes of one thread beat one of two."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(1)
-    train, val = (join(read(data, "nih128", split), read(data, "nih64", split)) for split in ("train", "val"))
-    train_tower(index, train, val, work / f"tower{index}.pt", seed=SEED, cycles=cycles)
-
-
-def towers(data: Path, work: Path, processes: int) -> tuple[GridEncoder, Split, Split]:
+def findings(data: Path, work: Path) -> tuple[GridEncoder, Split, Split]:
     """Stage (a); also nih128's train and val, which the later stages use."""
-    count = len(CYCLES)
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(one_tower, [data] * count, [work] * count, range(count), CYCLES))
-    paths = [work / f"tower{n}.pt" for n in range(count)]
-    return join_towers(paths), read(data, "nih128", "train"), read(data, "nih128", "val")
+    path = work / "encoder.pt"
+    small, large = ([read(data, stem, split) for split in ("train", "val")] for stem in ("nih64", "nih128"))
+    train_encoder(published(), join(large[0], small[0]), join(large[1], small[1]), path, SEED, EPOCHS)
+    return trained(path), *large
 
 
 def language(work: Path) -> tuple[LlamaForCausalLM, nn.Linear, Tokenizer]:
@@ -117,13 +106,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with nih128 and nih64, zip and csv")
     parser.add_argument("--work", type=Path, required=True, help="folder for everything between data and bundle")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the bundle")
-    parser.add_argument("--threads", type=int, default=2, help="threads; in stage (a), processes")
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    encoder, train, val = towers(options.data, options.work, options.threads)
+    encoder, train, val = findings(options.data, options.work)
     decoder, projector = images(options.work, encoder, train, val)
     export(options.work, encoder, decoder, projector, options.output)
     log.info("done in %.0f s (this call)", time.monotonic() - began)
