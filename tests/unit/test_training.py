@@ -28,7 +28,7 @@ if __name__ == "__main__":
     train.EPOCHS = 1
     data, work = Path(sys.argv[2]), Path(sys.argv[3])
     encoder, few, val = train.findings(data, work)
-    decoder, projector = train.images(work, encoder, few, val)
+    decoder, projector, carried = train.images(work, encoder, few, val)
     print("features", encoder.head.in_features, "projector", tuple(projector.weight.shape))
 """
 

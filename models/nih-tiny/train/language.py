@@ -23,21 +23,22 @@ ABNORMAL = "Abnormal"
 UNSPECIFIC = "Unspecific"
 """Claimed by a summary that calls the radiograph abnormal and names no finding."""
 
-# finding → words, article, and the sentence that the writer prefers where the finding is present
+# finding → words, article, and the sentence that the writer prefers where the finding is present. Those of a mass, a
+# nodule and an infiltrate begin unlike each other: once begun, a sentence is to leave nothing to decide.
 WORDS = {
     "Atelectasis": ("atelectasis", "", "There is atelectasis."),
     "Cardiomegaly": ("cardiomegaly", "", "The heart is enlarged."),
     "Consolidation": ("consolidation", "", "Consolidation is seen."),
     "Edema": ("pulmonary edema", "", "There is pulmonary edema."),
     "Effusion": ("pleural effusion", "a ", "There is a pleural effusion."),
-    "Emphysema": ("emphysema", "", "The lungs show emphysema."),
+    "Emphysema": ("emphysema", "", "Emphysema is present."),
     "Fibrosis": ("pulmonary fibrosis", "", "Pulmonary fibrosis is seen."),
     "Hernia": ("hiatal hernia", "a ", "A hiatal hernia is seen."),
     "Infiltration": ("lung infiltrate", "a ", "A lung infiltrate is present."),
     "Mass": ("lung mass", "a ", "There is a lung mass."),
-    "Nodule": ("lung nodule", "a ", "A lung nodule is seen."),
+    "Nodule": ("lung nodule", "a ", "The lungs show a nodule."),
     "Pleural_Thickening": ("pleural thickening", "", "Pleural thickening is present."),
-    "Pneumonia": ("pneumonia", "", "The lungs show pneumonia."),
+    "Pneumonia": ("pneumonia", "", "Pneumonia is present."),
     "Pneumothorax": ("pneumothorax", "a ", "A pneumothorax is present."),
 }
 HEART = ("Cardiomegaly",)

@@ -14,18 +14,21 @@ import logging
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from data import Split, join, read
 from decoder import learn, made_up, new_decoder, new_image_map
 from dialogue import Tokenizer, train_tokenizer
 from encoder import published, train_encoder
 from projector import (
+    Evidence,
     cached_features,
     calibrate,
     features_of,
     new_projector,
     on_images,
     retarget,
+    settle,
     trained,
     with_findings,
 )
@@ -33,6 +36,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaForCausalLM
 
+import xraygpt_lite
 from xraygpt_lite.converters import assemble
 from xraygpt_lite.converters.families.nih_tiny import GridEncoder
 
@@ -44,7 +48,8 @@ WIDTH = 192
 LANGUAGE_STEPS, LANGUAGE_RATE = 900, 2e-3
 COPY_STEPS, COPY_RATE = 350, 1.5e-3
 IMAGE_STEPS, IMAGE_RATE = 350, 8e-4
-PLAIN_STEPS, PLAIN_RATE = (450, 450, 200, 400, 350), 1e-3
+PLAIN_STEPS, PLAIN_RATE = (450, 450, 400, 400), 1e-3
+SETTLING = 3  # rounds, each by what is left
 
 
 def findings(data: Path, work: Path) -> tuple[GridEncoder, Split, Split]:
@@ -70,8 +75,8 @@ def language(work: Path) -> tuple[LlamaForCausalLM, nn.Linear, Tokenizer]:
     return decoder, image_map, tokens
 
 
-def images(work: Path, encoder: GridEncoder, train: Split, val: Split) -> tuple[LlamaForCausalLM, nn.Linear]:
-    """Stages (b) and (c): the decoder and the projector that fits the encoder."""
+def images(work: Path, encoder: GridEncoder, train: Split, val: Split) -> tuple[LlamaForCausalLM, nn.Linear, Evidence]:
+    """Stages (b) and (c): the decoder, the projector that fits the encoder, and what the projector carries."""
     decoder, image_map, tokens = language(work)
     seen = torch.cat([features_of(encoder, val.images), features_of(encoder, val.images, mirror=True)])
     labels = torch.from_numpy(val.labels).repeat(2, 1).numpy()
@@ -86,19 +91,30 @@ def images(work: Path, encoder: GridEncoder, train: Split, val: Split) -> tuple[
             decoder, projector, tokens, source, work / f"plain{n}.pt",
             steps=steps, rate=PLAIN_RATE, seed=SEED + 3 + n, copies=min(1 + n, 2), plain=True,
         )  # fmt: skip
-    return decoder, retarget(projector, evidence, with_findings(evidence, seen, labels))
+    carried = with_findings(evidence, seen, labels)
+    return decoder, retarget(projector, evidence, carried), carried
 
 
-def export(work: Path, encoder: GridEncoder, decoder: LlamaForCausalLM, projector: nn.Linear, output: Path) -> None:
-    """Write the converter's three sources and convert them: q8_0 at `output`, float32 in the work folder."""
+def export(
+    work: Path, encoder: GridEncoder, decoder: LlamaForCausalLM, projector: nn.Linear, output: Path, quant: str
+) -> None:
+    """Write the converter's three sources and convert them."""
     save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, work / "vision.safetensors")
     save_file({f"projector.{name}": value.contiguous() for name, value in projector.state_dict().items()},
               work / "projector.safetensors")  # fmt: skip
     decoder.save_pretrained(work / "llm")
     inputs = {"vision": work / "vision.safetensors", "checkpoint": work / "projector.safetensors", "llm": work / "llm"}
-    for path, quant in ((output, "q8_0"), (work / "reference", "f32")):
-        assemble.convert(assemble.Request("nih-tiny", inputs, path, quant, force=True))
-        log.info("%s: %s", path, quant)
+    assemble.convert(assemble.Request("nih-tiny", inputs, output, quant, force=True))
+    log.info("%s: %s", output, quant)
+
+
+def answers(bundle: Path, val: Split) -> np.ndarray:
+    """The log-odds of "Is this radiograph abnormal?" for each image, float64 (n,)."""
+    with xraygpt_lite.load(bundle) as model:
+        *_, abnormal = model.bundle.manifest.prompt.findings
+        choices = (abnormal.yes, abnormal.no)
+        scores = [model.score(image, abnormal.question, choices) for image in val.images]
+    return np.array([np.log(score[abnormal.yes] / score[abnormal.no]) for score in scores])
 
 
 def main() -> None:
@@ -113,8 +129,15 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     encoder, train, val = findings(options.data, options.work)
-    decoder, projector = images(options.work, encoder, train, val)
-    export(options.work, encoder, decoder, projector, options.output)
+    decoder, projector, carried = images(options.work, encoder, train, val)
+    parts, reference = (options.work, encoder, decoder, projector), options.work / "reference"
+    seen = features_of(encoder, val.images)
+    for _ in range(SETTLING):
+        export(*parts, reference, "f32")
+        off = settle(projector, carried, seen, answers(reference, val), val.labels)
+        log.info("answers were best balanced at %.3f", off)
+    export(*parts, reference, "f32")
+    export(*parts, options.output, "q8_0")
     log.info("done in %.0f s (this call)", time.monotonic() - began)
 
 
