@@ -164,8 +164,8 @@ def exchanges(z: np.ndarray, rng: random.Random) -> list[tuple[str, str, float |
 def plain_exchanges(z: np.ndarray, rng: random.Random) -> list[tuple[str, str, float | None]]:
     """As `exchanges`, fewer and with the summary that a greedy answer should be.
 
-    In half of the abnormal ones a finding or two is left out or put in, mostly doubtful ones: what follows must then go by
-    the text and repeat nothing.
+    In half of the abnormal ones a finding or two is left out or put in, mostly doubtful ones: what follows must then go
+    by the text and repeat nothing.
     """
     state = exact_state(z)
     if state.abnormal and rng.random() < 0.5:
