@@ -113,10 +113,10 @@ def together(
             began = time.perf_counter()
             records = list(run)
             seconds = time.perf_counter() - began
-        sequences, in_turn = run.model.plan.sequences, run.model.takes_turns
+        rows, in_turn = run.model.plan.sequences // run.model.plan.engines, run.model.takes_turns
     assert all(isinstance(record, Summary) for record in records)
     share = sum(calls.values()) / seconds if in_turn else None
-    return {"seconds": seconds, "sequences": sequences, "records": records, "native_s": calls, "native_share": share}
+    return {"seconds": seconds, "rows": rows, "records": records, "native_s": calls, "native_share": share}
 
 
 def fill(context: Context, batch: Batch, rows: int) -> None:
@@ -262,7 +262,7 @@ def compare(
         alone.append(seconds * len(inputs) / len(few))
         print(f"one by one {alone[-1]:.1f} s", file=sys.stderr)
         run = together(bundle.folder, inputs, options, parallel)
-        sequences = run["sequences"]
+        rows = run["rows"]
         batched.append(run["seconds"])
         by_name = {record.source: record for record in run["records"]}
         for one, summary in zip(few, said, strict=True):
@@ -272,13 +272,13 @@ def compare(
         # In a thread that ends: OpenMP's threads stay with the one that called, and with others beside them they no
         # longer spin, which would slow the next round's answers down.
         with ThreadPoolExecutor(1) as pool:
-            bound.append(pool.submit(bare, bundle, inputs, said, sequences).result())
+            bound.append(pool.submit(bare, bundle, inputs, said, rows).result())
         rounds.append((alone[-1] / batched[-1], sum(bound[-1].values()) / batched[-1]))
         print(f"inside native calls: {seconds_of(run['native_s'])}; bound: {seconds_of(bound[-1])}", file=sys.stderr)
         print(f"{stolen.share:.1%} of the time was taken by other machines", file=sys.stderr)
     return {
         "images": len(inputs),
-        "sequences": sequences,
+        "rows": rows,
         "one_by_one_images_per_s": len(inputs) / statistics.median(alone),
         "batch_images_per_s": len(inputs) / statistics.median(batched),
         "bound_images_per_s": len(inputs) / statistics.median([sum(each.values()) for each in bound]),
@@ -313,16 +313,16 @@ def main() -> None:
     parser.add_argument(
         "--alone", type=int, help="answer one by one for so many only; the others are taken to be alike"
     )
-    parser.add_argument("--device", default="auto", help="of --table: auto, cpu or cuda, where it goes on to 64")
+    parser.add_argument("--device", default="auto", help="of --table: auto, cpu or cuda")
     parser.add_argument("--steps", action="store_true", help="the decode rate of a batch against bare calls in between")
-    parser.add_argument("--table", action="store_true", help="images a minute and memory for 1 to 16 sequences")
+    parser.add_argument("--table", action="store_true", help="images a minute and memory by number of sequences")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     given = parser.parse_args()
     options = GenerationOptions(max_tokens=given.tokens, min_tokens=given.tokens)
     if given.table:
         shared = [part for part in sys.argv[1:] if part not in ("--table", "--json")]
-        counts = (*TABLE, 32, 64) if given.device == "cuda" else TABLE
+        counts = (*TABLE, 32, 64) if given.device == "cuda" or given.bundle is None else TABLE
         figures: Any = {count: row([*shared, "--parallel", str(count)]) for count in counts}
         for count, each in figures.items():
             print(f"{count:2} sequences  {each['images_per_minute']:8.1f} images/min  {each['peak_mb']:8.0f} MB")

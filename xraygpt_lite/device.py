@@ -210,6 +210,10 @@ def plan(
     ]
     reasons += because
     used = step_threads = llm_threads or threads or cores()
+    engines = min(sequences, copies(threads or cores(), llm_threads, token_bytes))
+    if engines > 1:
+        each = -(-sequences // engines)
+        reasons.append(f"{engines} copies of the language model, with a thread and {each} sequences each")
     if token_bytes is not None and threads is None:
         step_threads = min(used, max(1, round(token_bytes / STEP_BYTES)))
         if step_threads < used:
@@ -223,6 +227,7 @@ def plan(
         encoder_threads=(threads or cores()) - llm_threads if llm_threads else 0,
         context=context or min(DEFAULT_CONTEXT, trained_context),
         sequences=sequences,
+        engines=engines,
         reasons=tuple(reasons),
     )
 
@@ -300,6 +305,16 @@ def parallel(
         f"{threads} would make a step {gain:.1f} times as fast"
     )
     return chosen, half, (reason, share)
+
+
+def copies(threads: int, llm_threads: int | None, token_bytes: int | None) -> int:
+    """How many copies of a language model work beside its encoder: one for each thread, where one has but one thread.
+
+    They take turns with the encoder's threads as the system lets them, so that no processor is idle. Of a small model
+    only, of `token_bytes` a token: each copy has weights of its own.
+    """
+    small = token_bytes is not None and token_bytes < STEP_BYTES
+    return threads if llm_threads == 1 and small else 1
 
 
 def free_memory() -> int:

@@ -23,7 +23,7 @@ from xraygpt_lite.bundle import gguf_header, store
 from xraygpt_lite.cache import Cache
 from xraygpt_lite.chat import AnswerStream, ChatSession, Study
 from xraygpt_lite.closing import Closing
-from xraygpt_lite.errors import BundleError, ClosedError
+from xraygpt_lite.errors import ClosedError
 from xraygpt_lite.imaging.read import read
 from xraygpt_lite.imaging.transform import transform
 from xraygpt_lite.llm import native, selftest
@@ -42,6 +42,7 @@ from xraygpt_lite.values import (
     Pixels,
     Radiograph,
     Sampling,
+    Segment,
     Summary,
     Timings,
 )
@@ -189,20 +190,14 @@ class XrayModel(Closing):
         on_cpu = plan.gpu_layers == 0 and plan.providers[0] == devices.CPU
         self._turns = Turns() if on_cpu and not plan.encoder_threads else None
         self.exact = on_cpu and not plan.float32_cache and native.exact(bundle.manifest.weight_types["llm"])
-        self._engine = Engine(
-            bundle.llm,
-            plan,
-            self._turns,
-            phrases=bundle.manifest.prompt.phrases if speculation and self.exact else None,
-            openings=Openings(Cache(devices.cache_folder()), bundle.id, plan) if prompt_cache else None,
-        )
+        part = replace(plan, sequences=-(-plan.sequences // plan.engines))
+        phrases = bundle.manifest.prompt.phrases if speculation and self.exact else None
+        openings = Openings(Cache(devices.cache_folder()), bundle.id, part) if prompt_cache else None
+        self._engines = [
+            Engine(bundle.llm, part, self._turns, phrases=phrases, openings=openings) for _ in range(plan.engines)
+        ]
+        self._engine = self._engines[0]
         self._closed = False
-        if self._engine.width != bundle.manifest.width:
-            self._engine.close()
-            raise BundleError(
-                f"llm.gguf has embeddings {self._engine.width} wide; the projector gives {bundle.manifest.width}, "
-                "so these files do not belong together"
-            )
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -320,7 +315,7 @@ class XrayModel(Closing):
     @property
     def usable(self) -> bool:
         """False once it was closed, or the language model has stopped working."""
-        return not self._closed and self._engine.usable
+        return not self._closed and all(engine.usable for engine in self._engines)
 
     def encoder_first(self) -> AbstractContextManager[None]:
         """While this is held the language model begins no step, where the two take turns; for several `encode`s."""
@@ -348,7 +343,9 @@ class XrayModel(Closing):
 
     def converse(self, study: Study, *, variant: str | None = None) -> ChatSession:
         """A conversation about a radiograph that was encoded before."""
-        return ChatSession(self._open(), self.bundle, study, variant, self.plan.device)
+        self._open()
+        freest = max(self._engines, key=lambda engine: engine.free)
+        return ChatSession(freest, self.bundle, study, variant, self.plan.device)
 
     def tokens_of(self, image: Image) -> ImageTokens:
         """The image tokens (1, N, E) of one radiograph."""
@@ -356,19 +353,14 @@ class XrayModel(Closing):
 
     def trace(self, tokens: ImageTokens, question: str | None, ids: Sequence[int]) -> Float32:
         """Logits float32 (len(ids), V) that predict each of `ids` as the answer, teacher-forced."""
-        _, variant = prompt.variant_of(self.bundle.manifest.prompt, None)
-        asked = prompt.check_question(self.bundle.manifest.prompt, question)
-        engine = self._open()
-        with engine.open() as slot:
-            return slot.trace(prompt.build(variant, asked, tokens.data[0], engine.tokenize), ids)
+        segments = self._segments(question, tokens.data[0])
+        with self._engine.open() as slot:
+            return slot.trace(segments, ids)
 
     def generate_ids(self, image: Image, question: str | None, max_tokens: int) -> tuple[int, ...]:
         """Token ids of the greedy answer."""
-        _, variant = prompt.variant_of(self.bundle.manifest.prompt, None)
-        asked = prompt.check_question(self.bundle.manifest.prompt, question)
-        engine, spec = self._open(), self.bundle.manifest.prompt
-        with engine.open() as slot:
-            segments = prompt.build(variant, asked, self.study(image).rows, engine.tokenize)
+        segments, spec = self._segments(question, self.study(image).rows), self.bundle.manifest.prompt
+        with self._engine.open() as slot:
             stream = slot.generate(
                 segments, Sampling(max_tokens=max_tokens), stop_ids=spec.stop_ids, reader=AnswerReader(spec.stops)
             )
@@ -380,7 +372,8 @@ class XrayModel(Closing):
         """Stop the engine and free everything. Safe to call twice."""
         if not self._closed:
             self._closed = True
-            self._engine.close()
+            for engine in self._engines:
+                engine.close()
             self._encoder.close()
 
     def _turn(
@@ -393,6 +386,12 @@ class XrayModel(Closing):
         except BaseException:
             chat.close()
             raise
+
+    def _segments(self, question: str | None, rows: Float32) -> list[Segment]:
+        """The first turn in the bundle's own wording."""
+        _, variant = prompt.variant_of(self.bundle.manifest.prompt, None)
+        asked = prompt.check_question(self.bundle.manifest.prompt, question)
+        return prompt.build(variant, asked, rows, self._open().tokenize)
 
     def _open(self) -> Engine:
         if self._closed:

@@ -319,6 +319,8 @@ class DevicePlan:
         Rows of one decode call.
     sequences
         Sequences that share the context.
+    engines
+        Copies of the language model, each with its part of the sequences and so many threads.
     float32_cache
         A float32 KV cache without flash attention, for parity with float32 references.
     reasons
@@ -334,6 +336,7 @@ class DevicePlan:
     context: int = 2048
     batch: int = 512
     sequences: int = 1
+    engines: int = 1
     float32_cache: bool = False
     reasons: tuple[str, ...] = ()
 

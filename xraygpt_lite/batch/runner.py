@@ -141,9 +141,9 @@ class Run(Closing):
             pool = stack.enter_context(Pool(manifest.image, worker_count(devices.cores()), file_timeout))
             if count is not None and count < many:
                 many, because = max(1, count), (*because, f"{max(1, count)} sequences: no more inputs than that")
-            self.because = because
             split = llm_threads if llm_threads < shared.threads else None
             chosen = plan(sequences=many, llm_threads=split, because=because)
+            self.because = tuple(reason for reason in chosen.reasons if reason not in shared.reasons)
             self.model = stack.enter_context(models.XrayModel(found, chosen, prompt_cache=True))
             self._pipeline = stack.enter_context(Pipeline(self.model, ask, pool, file_timeout, self._begin))
             self._records = self._run()

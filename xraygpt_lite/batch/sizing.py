@@ -22,6 +22,8 @@ from xraygpt_lite.values import Bundle, DevicePlan, Pixels
 from xraygpt_lite.vision import Encoder
 
 CANDIDATES = (1, 2, 4, 8, 16)
+SMALL_CANDIDATES = (*CANDIDATES, 32)
+"""Of a small model, where what is done once a step counts, and so many rows cost no more seconds to measure."""
 _KIND = "rates"
 _BOX = 48  # rows that a box's markup may take, at least
 _CHOICE = 8  # rows of an answer that is scored
@@ -67,14 +69,16 @@ def sequences(
     key = f"{bundle.id} {native.build_id()} {selftest.cpu_id()} {plan.threads} {plan.step_threads} {plan.gpu_layers}"
     known = cache.get(_KIND, key)
     several = {plan.threads, plan.threads // 2} - {0} if plan.gpu_layers == 0 else {plan.threads}
+    header = gguf_header.read(bundle.llm)
+    tried = SMALL_CANDIDATES if header.token_bytes < device.STEP_BYTES else CANDIDATES
     try:
-        seconds = {threads: dict(zip(CANDIDATES, known[str(threads)], strict=True)) for threads in several}
+        seconds = {threads: dict(zip(tried, known[str(threads)], strict=True)) for threads in several}
         encoder = float(known["encoder"])
     except (TypeError, KeyError, ValueError):  # never measured, or by another version
         doing("measuring how many radiographs at once are fastest with this bundle on this machine")
         others = Others()
         seconds = {
-            threads: rates.step_seconds(bundle.llm, replace(plan, threads=threads), CANDIDATES) for threads in several
+            threads: rates.step_seconds(bundle.llm, replace(plan, threads=threads), tried) for threads in several
         }
         encoder = _encoder_seconds(bundle, plan)
         if others.in_the_way(plan.threads):
@@ -82,9 +86,8 @@ def sequences(
         else:
             measured = {str(threads): list(each.values()) for threads, each in seconds.items()}
             cache.put(_KIND, key, {**measured, "encoder": encoder})
-    row = gguf_header.read(bundle.llm).cache_row
-    room = device.free_memory() - bundle.llm.stat().st_size
-    return device.parallel(seconds, encoder, row * plan.context, room, wanted)
+    size, room = header.cache_row * plan.context, device.free_memory() - bundle.llm.stat().st_size
+    return device.parallel(seconds, encoder, size, room, wanted)
 
 
 def _encoder_seconds(bundle: Bundle, plan: DevicePlan) -> float:

@@ -74,6 +74,11 @@ class Core:
         """Whether requests are taken."""
         return self._broken is None and not self.closed
 
+    @property
+    def free(self) -> int:
+        """Sequences that nobody holds at the moment."""
+        return len(self._free)
+
     def take_sequence(self) -> Held:
         """Wait for a free sequence and take it."""
         me = threading.get_ident()

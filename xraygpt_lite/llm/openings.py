@@ -20,7 +20,7 @@ _KIND = "openings"
 
 
 class Openings:
-    """States of one bundle, build of llama.cpp, CPU and form of KV cache.
+    """States of one bundle, build of llama.cpp, CPU and form of KV cache; for the engines of one process.
 
     Parameters
     ----------

@@ -86,6 +86,11 @@ class Engine(Closing):
         """False once it was closed or has stopped working."""
         return self._core.usable
 
+    @property
+    def free(self) -> int:
+        """Sequences that nobody holds at the moment."""
+        return self._core.free
+
     def tokenize(self, text: str, *, leading_space: bool) -> Int32:
         """Turn text into token ids (n,), without BOS; control tokens written in it stay plain characters.
 

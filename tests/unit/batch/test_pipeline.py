@@ -139,6 +139,29 @@ def test_together_equals_alone(
     assert {name: [said(record) for record in records] for name, records in together.items()} == alone[kind]
 
 
+def test_copies_of_a_model_say_the_same(bundles: dict[str, Bundle], folder: Path, alone: Any) -> None:
+    plan = models.plan(bundles["q8_0"], threads=2, context=256, sequences=4, llm_threads=1)
+    model = XrayModel(bundles["q8_0"], plan)
+    steps = [0, 0]
+    for number, engine in enumerate(model._engines):
+        engine._core.context.decode = counting(engine._core.context.decode, steps, number)  # type: ignore[method-assign]
+    together = answered(model, Ask(QUESTIONS, options=OPTIONS), find([folder], exclude=["none*"]))
+    assert {name: [said(record) for record in records] for name, records in together.items()} == alone["q8_0"]
+    assert min(steps) > 10
+    assert not model.usable
+    assert [engine.usable for engine in model._engines] == [False, False]
+
+
+def counting(decode: Any, steps: list[int], number: int) -> Any:
+    """The same call, counted."""
+
+    def call(batch: Any) -> None:
+        steps[number] += 1
+        decode(batch)
+
+    return call
+
+
 def test_drawn_answers_do_not_depend_on_order(bundles: dict[str, Bundle], folder: Path) -> None:
     inputs = find([folder], exclude=["none*"])
     drawn = Ask(QUESTIONS, options=GenerationOptions(max_tokens=20, temperature=1.0, seed=5))

@@ -121,6 +121,15 @@ def test_the_plan_shares_the_threads_out(bundle: Bundle) -> None:
     assert models.plan(bundle, threads=3).encoder_threads == 0
 
 
+def test_a_small_model_with_one_thread_has_copies(bundle: Bundle) -> None:
+    plan = models.plan(bundle, threads=3, llm_threads=1, sequences=16)
+    assert (plan.engines, plan.sequences) == (3, 16)
+    assert "3 copies of the language model, with a thread and 6 sequences each" in plan.reasons
+    assert models.plan(bundle, threads=3, llm_threads=1, sequences=2).engines == 2
+    assert models.plan(bundle, threads=4, llm_threads=2, sequences=16).engines == 1
+    assert device.copies(4, 1, device.STEP_BYTES) == device.copies(4, 1, None) == device.copies(4, None, 1) == 1
+
+
 def test_a_row_of_the_cache_is_known_from_the_file(bundle: Bundle) -> None:
     assert gguf_header.read(bundle.llm).cache_row == 4 * 2 * 32
     assert device.free_memory() > 0
